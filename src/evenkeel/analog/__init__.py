@@ -1,0 +1,14 @@
+"""Analog in-memory chips: devices, and networks programmed onto them."""
+
+from evenkeel.analog.chip import Chip as Chip
+from evenkeel.analog.clip import clip_weights_ as clip_weights_
+from evenkeel.analog.compensation import compensate_drift_ as compensate_drift_
+from evenkeel.analog.device import Device as Device
+from evenkeel.analog.device import DeviceModel as DeviceModel
+from evenkeel.analog.faults import StuckAt as StuckAt
+from evenkeel.analog.layer import AnalogLayer as AnalogLayer
+from evenkeel.analog.pcm import PCM as PCM
+from evenkeel.analog.program import program as program
+from evenkeel.analog.statistical import Gain as Gain
+from evenkeel.analog.statistical import Gaussian as Gaussian
+from evenkeel.analog.statistical import LogNormal as LogNormal

@@ -1,0 +1,203 @@
+"""What happens to conductances: one physical effect, and several composed on one array."""
+
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from evenkeel.draws import Draws
+from evenkeel.errors import ConfigError
+
+if TYPE_CHECKING:
+    from evenkeel.analog.chip import Chip
+
+State = dict[str, Tensor]
+ScalePer = Literal["layer", "column"]
+
+
+class DeviceModel:
+    """One physical effect on the conductances of an array. Derive from it; override what happens.
+
+    The methods get conductances in microsiemens (µS) as tensors of shape (2, outputs, inputs): the
+    devices that count positively, then those that count negatively. The defaults change nothing.
+    Derived classes are frozen dataclasses, so that their fields identify them in stored results; a
+    change of behaviour raises ``version``, so that old results are not mistaken for new ones. An
+    effect whose constants belong to a conductance range has a field ``g_max``, in µS.
+
+    Examples:
+        A device that loses 5 % of its conductance at each write, give or take 2 %:
+
+        >>> from dataclasses import dataclass
+        >>> import torch, evenkeel as ek
+        >>> @dataclass(frozen=True)
+        ... class Lossy(ek.analog.DeviceModel):
+        ...     loss: float = 0.05
+        ...     def write(self, g, draws, g_max):
+        ...         return g * (1 - self.loss + 0.02 * draws.normal("loss", g.shape)), {}
+        >>> chip = ek.analog.program(torch.nn.Linear(4, 2), Lossy(loss=0.1), seed=0)
+        >>> chip(torch.ones(1, 4)).shape
+        torch.Size([1, 2])
+        >>> Lossy(loss=0.1).name
+        'Lossy(0.1)'
+    """
+
+    version: ClassVar[int] = 1
+    ages: ClassVar[bool] = False
+    """Whether time changes anything; an audit visits one age only of what does not age."""
+
+    def write(self, g: Tensor, draws: Draws, g_max: float) -> tuple[Tensor, State]:
+        """Conductances after programming the targets ``g``, and what decides their later life."""
+        return g, {}
+
+    def drift(self, g: Tensor, state: State, age_s: float) -> Tensor:
+        """Conductances ``age_s`` seconds after programming, from those right after it."""
+        return g
+
+    def read_std(
+        self, g: Tensor, programmed: Tensor, state: State, age_s: float
+    ) -> Tensor | None:
+        """Deviation of one read about ``g``, the conductance at this age; None: reads are exact."""
+        return None
+
+    def program(self, model: nn.Module, *, seed: int) -> "Chip":
+        """A chip on whose arrays this effect is alone."""
+        return Device(self).program(model, seed=seed)
+
+    @property
+    def name(self) -> str:
+        """The class with the settings that differ from their defaults."""
+        own = fields(self)  # type: ignore[arg-type]
+        changed = [
+            (f"{f.name}=" if i else "") + f"{getattr(self, f.name)!r}"
+            for i, f in enumerate(own)
+            if getattr(self, f.name) != f.default
+        ]
+        return type(self).__name__ + (f"({', '.join(changed)})" if changed else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Type, version and fields: what identifies the effect in stored results."""
+        kind = type(self)
+        ours = kind.__module__.startswith("evenkeel.")
+        name = kind.__name__ if ours else f"{kind.__module__}:{kind.__qualname__}"
+        return {"type": name, "version": self.version, **asdict(self)}  # type: ignore[call-overload]
+
+
+class Device:
+    r"""Effects that act on one array in the order given, and how weights become conductances.
+
+    $$ G^{\pm}_{ij} = G_{\max}\,\frac{\max(\pm w_{ij},\,0)}{\max_{\text{scale}} |w|} $$
+
+    Each weight is a pair of devices, of which one is set and the other left at zero; the largest
+    weight of the layer, or of the output column, is set to ``g_max``.
+
+    Args:
+        models: effects, each applied to what the one before has left.
+        scale_per: "layer": one scale for all of a layer's weights. "column": one for each output,
+            which uses the range better and needs one digital multiplier per output.
+        g_max: largest conductance in µS; default: that of the first effect that has one, else 1.
+
+    Examples:
+        >>> Device(PCM(), StuckAt(low=0.01)).name
+        'PCM + StuckAt(0.01)'
+    """
+
+    version: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        *models: DeviceModel,
+        scale_per: ScalePer = "layer",
+        g_max: float | None = None,
+    ) -> None:
+        if not models or not all(isinstance(m, DeviceModel) for m in models):
+            got = ", ".join(type(m).__name__ for m in models) or "none"
+            raise ConfigError(f"Device needs at least one DeviceModel, such as PCM(); got: {got}.")
+        if scale_per not in get_args(ScalePer):
+            raise ConfigError(f"scale_per must be 'layer' or 'column'; got {scale_per!r}.")
+        ranges = [m.g_max for m in models if getattr(m, "g_max", None)]
+        self.models = models
+        self.scale_per = scale_per
+        self.g_max = float(g_max if g_max is not None else (ranges or [1.0])[0])
+
+    @property
+    def name(self) -> str:
+        """The effects' names, and the mapping where it is not the default."""
+        columns = ", per column" if self.scale_per == "column" else ""
+        return " + ".join(m.name for m in self.models) + columns
+
+    @property
+    def level(self) -> float | None:
+        """Strength of the first effect that has one; a chart may be drawn against it."""
+        return next((lv for m in self.models if (lv := getattr(m, "level", None)) is not None), None)
+
+    @property
+    def ages(self) -> bool:
+        """Whether any of the effects ages."""
+        return any(m.ages for m in self.models)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Effects and mapping, as they identify the device in stored results."""
+        return {
+            "type": "Device",
+            "version": self.version,
+            "models": [m.to_dict() for m in self.models],
+            "scale_per": self.scale_per,
+            "g_max": self.g_max,
+        }
+
+    def program(self, model: nn.Module, *, seed: int) -> "Chip":
+        """A chip of this device that holds ``model``; see :func:`evenkeel.analog.program`."""
+        from evenkeel.analog.program import program
+
+        return program(model, self, seed=seed)
+
+    # What an array needs: the effects one after the other.
+
+    def convert(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Target conductances (2, outputs, inputs), and weight per µS (outputs or 1, 1)."""
+        w = matrix.detach().float()
+        w_max = w.abs().amax(dim=1, keepdim=True) if self.scale_per == "column" else w.abs().max().view(1, 1)
+        unit = torch.where(w_max > 0, w_max, 1.0) / self.g_max  # an all-zero array stays at zero
+        target = w / unit
+        return torch.stack([target.clamp_min(0), (-target).clamp_min(0)]), unit
+
+    def write(self, target: Tensor, draws: Draws) -> tuple[Tensor, list[State]]:
+        """Conductances after programming, and each effect's state."""
+        g, states = target, []
+        for model in self.models:
+            g, state = model.write(g, draws, self.g_max)
+            states.append(state)
+        return g, states
+
+    def drift(self, programmed: Tensor, states: list[State], age_s: float) -> Tensor:
+        """Conductances at an age."""
+        g = programmed
+        for model, state in zip(self.models, states, strict=True):
+            g = model.drift(g, state, age_s)
+        return g
+
+    def read_std(
+        self, g: Tensor, programmed: Tensor, states: list[State], age_s: float
+    ) -> Tensor | None:
+        """Deviation of one read: the effects' read noises are independent."""
+        stds = [
+            std
+            for model, state in zip(self.models, states, strict=True)
+            if (std := model.read_std(g, programmed, state, age_s)) is not None
+        ]
+        if len(stds) < 2:
+            return stds[0] if stds else None
+        return torch.stack(stds).square().sum(0).sqrt()
+
+
+def as_device(device: "Device | DeviceModel") -> Device:
+    """A single effect as the device that has it alone."""
+    if isinstance(device, DeviceModel):
+        return Device(device)
+    if not isinstance(device, Device):
+        raise ConfigError(
+            f"device must be a Device or a DeviceModel such as PCM() or Gaussian(0.05); "
+            f"got {type(device).__name__}."
+        )
+    return device

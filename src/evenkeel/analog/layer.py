@@ -1,0 +1,159 @@
+"""One layer of a network on an analog array."""
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from evenkeel.analog.device import Device, State
+from evenkeel.draws import Draws, keyed_normal, read_key
+from evenkeel.errors import ConfigError
+from evenkeel.layers import WeightLayer
+
+
+class AnalogLayer(nn.Module):
+    """A layer whose weights are conductance pairs; bias and all options stay digital.
+
+    It keeps what programming left behind (``programmed`` and the effects' states) and derives from
+    it, for the present age, the conductances and the deviation of a read. Both devices of a pair
+    are kept for life, so that a chip has one trajectory.
+
+    Args:
+        layer: the digital layer; it is copied, and the copy loses its weight.
+        weights: how this kind of layer shows its weights.
+        device: what happens to the conductances.
+        seed: the chip's seed.
+        path: the layer's path in its network; with the seed it decides every draw.
+    """
+
+    programmed: Tensor
+    unit: Tensor
+    compensation: Tensor
+    age: Tensor
+    read_key: Tensor
+    reads: Tensor
+
+    def __init__(
+        self, layer: nn.Module, weights: WeightLayer, device: Device, seed: int, path: str
+    ) -> None:
+        super().__init__()
+        matrix = weights.matrix(layer)
+        if not bool(torch.isfinite(matrix).all()):
+            raise ConfigError(
+                f"The weights of '{path}' must be finite to be programmed; they hold NaN or infinity. "
+                f"Check the checkpoint this network was loaded from."
+            )
+        target, unit = device.convert(matrix)  # (2, outputs, inputs), (outputs or 1, 1)
+        programmed, states = device.write(target, Draws(seed, path))
+        self.layer = _without_weight(layer)
+        self.weight_shape = torch.Size(layer.weight.shape)  # type: ignore[union-attr]
+        self.weights = weights
+        self.device = device
+        self.seed = seed
+        self.path = path
+        self.register_buffer("programmed", programmed)
+        self.register_buffer("unit", unit)
+        self.register_buffer("compensation", torch.ones(matrix.shape[0], 1, device=unit.device))
+        self.register_buffer("age", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("read_key", read_key(seed, path, "read", ""))
+        self.register_buffer("reads", torch.zeros((), dtype=torch.int64))
+        self._state_names = [sorted(state) for state in states]
+        for i, state in enumerate(states):
+            for name, value in state.items():
+                self.register_buffer(f"state_{i}_{name}", value)
+        # Derived, so not saved: with read noise the first two, without it the finished matrix.
+        self.register_buffer("_conductance", None, persistent=False)
+        self.register_buffer("_read_std", None, persistent=False)
+        self.register_buffer("_matrix", None, persistent=False)
+        self.register_load_state_dict_post_hook(lambda module, _: module._derive())
+        self._derive()
+
+    @property
+    def states(self) -> list[State]:
+        """What the device's effects keep for each conductance."""
+        return [
+            {name: getattr(self, f"state_{i}_{name}") for name in names}
+            for i, names in enumerate(self._state_names)
+        ]
+
+    @torch.no_grad()
+    def _derive(self) -> None:
+        age_s = float(self.age)
+        states = self.states
+        conductance = self.device.drift(self.programmed, states, age_s)
+        self._read_std = self.device.read_std(conductance, self.programmed, states, age_s)
+        if self._read_std is None:
+            self._conductance, self._matrix = None, self._weights_of(conductance)
+        else:
+            self._conductance, self._matrix = conductance, None
+
+    def _weights_of(self, conductance: Tensor) -> Tensor:
+        # The compensation belongs to the digital output; on the matrix it is the same and cheaper.
+        return (conductance[0] - conductance[1]) * (self.unit * self.compensation)
+
+    def read(self) -> Tensor:
+        """The weights (outputs, inputs) as one read finds them; each read has its own noise."""
+        if self._matrix is not None:
+            return self._matrix
+        noise = keyed_normal(self._conductance, self.read_key, self.reads)
+        self.reads += 1
+        conductance = torch.addcmul(self._conductance, self._read_std, noise).clamp_min(0)
+        return self._weights_of(conductance)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output through one read of its array."""
+        return self.weights.forward(self.layer, x, self.read().to(x.dtype))
+
+    @property
+    def weight(self) -> Tensor:
+        """One read in the digital layer's shape, for code that asks a layer for its weight."""
+        return self.read().view(self.weight_shape)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The digital bias."""
+        return self.layer.bias  # type: ignore[return-value]
+
+    def age_(self, seconds: float) -> None:
+        """Set the time since programming, in seconds."""
+        if not 0 <= seconds < math.inf:
+            raise ConfigError(f"A chip's age must be finite and 0 s or more; got {seconds!r}.")
+        self.age.fill_(seconds)
+        self._derive()
+
+    def rewind_(self, stream: str) -> None:
+        """Start the read noise anew, at the beginning of the stream of that name."""
+        self.read_key.copy_(read_key(self.seed, self.path, "read", stream))
+        self.reads.zero_()
+
+    def compensate_(self, factor: Tensor) -> None:
+        """Multiply the digital output by ``factor``, (outputs or 1, 1), in place of any before."""
+        self.compensation.copy_(factor)
+        self._derive()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AnalogLayer":
+        # A chip moved to half precision keeps its physics in float32: only the device may change.
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Array size, device and age."""
+        outputs, inputs = self.programmed.shape[1:]
+        return f"{outputs}x{inputs} pairs, {self.device.name}, age={float(self.age):g} s"
+
+
+def _without_weight(layer: nn.Module) -> nn.Module:
+    """A copy that keeps bias and options and has no weight."""
+    stripped = copy.deepcopy(layer)
+    if parametrize.is_parametrized(stripped, "weight"):
+        parametrize.remove_parametrizations(stripped, "weight", leave_parametrized=True)
+    stripped.register_parameter("weight", None)
+    return stripped

@@ -1,0 +1,101 @@
+"""Phase-change memory by its published programming, drift and read-noise laws."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from evenkeel.analog.device import DeviceModel, State
+from evenkeel.draws import Draws
+from evenkeel.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PCM(DeviceModel):
+    r"""Phase-change memory: programming noise, drift along a trajectory, 1/f read noise.
+
+    With the target's share of the range $x = G/G_{\max}$, fresh standard normal $\xi$ for each
+    device, and $T = t + t_0$:
+
+    $$ G_P = \max(0,\; G + \sigma_P(x)\,\xi), \quad
+       \sigma_P = (0.26348 + 1.9650\,x - 1.1731\,x^2)\,G_{\max}/25\,\mathrm{µS} $$
+    $$ G_D = G_P\,(T/t_0)^{-\nu}, \quad \nu = |m(x) + s(x)\,\xi| $$
+    $$ m = \mathrm{clip}(0.0244 - 0.0155\ln x,\; 0.049,\; 0.1), \quad
+       s = \mathrm{clip}(-0.0059 - 0.0125\ln x,\; 0.008,\; 0.045) $$
+    $$ G = \max\!\big(0,\; G_D + G_D\,Q\,\sqrt{\ln((T + t_r)/2t_r)}\;\xi\big), \quad
+       Q = \min\!\big(0.2,\; 0.0088 / \max((G_P/G_{\max})^{0.65},\,10^{-3})\big) $$
+
+    Programming noise and drift exponents belong to the chip; read noise is new at every forward.
+
+    Use when the chip is mushroom-cell PCM read within the fit's range (to about 25 µS). Not for
+    other memories, nor for temperature changes: the laws were fitted at one temperature.
+
+    Args:
+        programming: factor on the programming noise (0: exact writes).
+        drifting: factor on the drift exponents (0: none).
+        reading: factor on the read noise (0: exact reads).
+        g_max: largest conductance in µS.
+
+    Examples:
+        >>> PCM(reading=0.0).name
+        'PCM(reading=0.0)'
+
+    References:
+        Nandakumar et al., "Phase-change memory models for deep learning training and inference",
+        ICECS 2019; Joshi et al., "Accurate deep neural network inference using computational
+        phase-change memory", Nature Communications 11, 2473 (2020).
+    """
+
+    programming: float = 1.0
+    drifting: float = 1.0
+    reading: float = 1.0
+    g_max: float = 25.0
+
+    ages: ClassVar[bool] = True
+    t0_s: ClassVar[float] = 20.0
+    """Time from programming to the first read, to which the programmed conductance belongs."""
+    t_read_s: ClassVar[float] = 250e-9
+    """Duration of one read."""
+
+    def __post_init__(self) -> None:
+        for name in ("programming", "drifting", "reading"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"PCM {name} must be 0 or more; got {getattr(self, name)!r}.")
+        if not self.g_max > 0:
+            raise ConfigError(f"PCM g_max must be above 0 µS; got {self.g_max!r}.")
+
+    def write(self, g: Tensor, draws: Draws, g_max: float) -> tuple[Tensor, State]:
+        """Programming noise, and a drift exponent for each device."""
+        x = g / self.g_max
+        shape = tuple(g.shape)
+        programmed = g
+        if self.programming:
+            sigma = (0.26348 + 1.9650 * x - 1.1731 * x.square()) * (self.g_max / 25)
+            xi = draws.normal("programming", shape, device=g.device)
+            programmed = (g + self.programming * sigma * xi).clamp_min(0)
+        if not self.drifting:
+            return programmed, {}
+        log_x = x.log()  # -inf for a device left at zero: the clips take it
+        mean = (0.0244 - 0.0155 * log_x).clamp(0.049, 0.1)
+        std = (-0.0059 - 0.0125 * log_x).clamp(0.008, 0.045)
+        nu = (mean + std * draws.normal("drift exponent", shape, device=g.device)).abs()
+        return programmed, {"nu": nu.mul_(self.drifting)}
+
+    def drift(self, g: Tensor, state: State, age_s: float) -> Tensor:
+        """One trajectory for each device: the age alone decides the point on it."""
+        if "nu" not in state or age_s == 0:
+            return g
+        return g * torch.exp(state["nu"] * -math.log((age_s + self.t0_s) / self.t0_s))
+
+    def read_std(
+        self, g: Tensor, programmed: Tensor, state: State, age_s: float
+    ) -> Tensor | None:
+        """1/f noise integrated from one read's duration to the device's age."""
+        if not self.reading:
+            return None
+        q = (0.0088 / (programmed / self.g_max).pow(0.65).clamp_min(1e-3)).clamp_max(0.2)
+        age = age_s + self.t0_s
+        root_log = math.sqrt(math.log((age + self.t_read_s) / (2 * self.t_read_s)))
+        return g * q * (self.reading * root_log)

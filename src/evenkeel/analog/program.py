@@ -1,0 +1,101 @@
+"""From a network to a chip that holds it."""
+
+import copy
+import fnmatch
+from collections.abc import Callable, Collection
+
+from torch import nn
+
+from evenkeel.analog.chip import Chip
+from evenkeel.analog.device import Device, DeviceModel, as_device
+from evenkeel.analog.layer import AnalogLayer
+from evenkeel.errors import ConfigError, nearest
+from evenkeel.layers import weight_layer
+
+LayerChoice = Collection[str] | Callable[[str, nn.Module], bool] | None
+
+
+def program(
+    model: nn.Module,
+    device: Device | DeviceModel,
+    *,
+    seed: int,
+    layers: LayerChoice = None,
+) -> Chip:
+    """Program a network's weights onto one chip.
+
+    The network is copied and left alone; the copy is in eval mode. Everything drawn for the chip is
+    keyed by ``seed``, the layer's path and the effect, so the same seed is the same chip whatever
+    else has been drawn, and torch's global generator does not move.
+
+    Args:
+        model: any network. Linear and Conv1d, 2d, 3d go onto arrays, with every option they have.
+            What holds a weight matrix and stays digital is in :attr:`Chip.digital`, with the reason.
+        device: a :class:`Device`, or one effect such as ``PCM()``.
+        seed: which chip; any integer.
+        layers: which layers to program: paths or patterns such as ``"layer*"``, or a function of
+            path and module. Default: all that can be.
+
+    Returns:
+        The chip, right after programming.
+
+    Raises:
+        ConfigError: no layer can be programmed, a pattern matches none, or weights are not finite.
+
+    Examples:
+        >>> import torch, evenkeel as ek
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> chip = ek.analog.program(net, ek.analog.PCM(), seed=1)
+        >>> chip.age_(86_400).digital  # a day old, and nothing had to stay digital
+        {}
+    """
+    device = as_device(device)
+    chosen = _choice(model, layers)
+    digital: dict[str, str] = {}
+    arrays: dict[int, nn.Module] = {}  # by identity: a layer used in two places is one array
+    for path, module in model.named_modules():
+        weights = weight_layer(module)
+        if weights is not None and chosen(path, module):
+            arrays[id(module)] = AnalogLayer(module, weights, device, seed, path)
+        elif reason := _why_digital(module, known=weights is not None):
+            digital[path] = reason
+    if not arrays:
+        held = "; ".join(f"'{path}': {why}" for path, why in digital.items()) or "no layer has weights"
+        raise ConfigError(
+            f"A chip needs at least one layer to program; {type(model).__name__} has none ({held}). "
+            f"Linear and Conv1d/2d/3d can be programmed; make other kinds known with "
+            f"evenkeel.layers.register_weight_layer."
+        )
+    return Chip(_copy_with(model, arrays), device, seed, digital)
+
+
+def _choice(model: nn.Module, layers: LayerChoice) -> Callable[[str, nn.Module], bool]:
+    if layers is None:
+        return lambda path, module: True
+    if callable(layers):
+        return layers
+    if isinstance(layers, str):
+        raise ConfigError(f"layers must be a list of paths or patterns; got the string {layers!r}.")
+    paths = [path for path, module in model.named_modules() if weight_layer(module) is not None]
+    for pattern in layers:
+        if not fnmatch.filter(paths, pattern):
+            raise ConfigError(f"No layer matches {pattern!r}. {nearest(pattern, paths)}")
+    return lambda path, module: any(fnmatch.fnmatchcase(path, pattern) for pattern in layers)
+
+
+def _why_digital(module: nn.Module, *, known: bool) -> str | None:
+    """Why a module that itself holds a matrix of weights is not on an array."""
+    if known:
+        return "left out by `layers`"
+    if any(p.dim() > 1 for p in module.parameters(recurse=False)):
+        return f"{type(module).__name__} is not a kind of layer that can be programmed"
+    return None
+
+
+def _copy_with(model: nn.Module, arrays: dict[int, nn.Module]) -> nn.Module:
+    """A copy of the network in eval mode in which arrays stand where their layers stood.
+
+    The copy is made with the replacements as already copied, so that every reference to a layer,
+    shared ones too, leads to its array, and no digital weight is copied only to be dropped.
+    """
+    return copy.deepcopy(model, dict(arrays)).eval()

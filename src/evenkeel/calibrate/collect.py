@@ -1,0 +1,102 @@
+"""Measuring the activations that reach each normalizer, with the network left in eval mode.
+
+The usual way, torch's ``update_bn``, calls ``model.train()``: dropout wakes up, simulators of analog
+hardware turn their drift compensation off and move their converter ranges, and statistics are
+gathered of a network that will never be deployed. Here nothing changes mode. Each normalizer's
+input is measured by a hook just before it is normalized; where the network is to run on its own
+batch statistics meanwhile, they are written where the normalizer will read them.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evenkeel.calibrate.statistics import in_eval, normalizers_of
+from evenkeel.errors import CalibrationError
+from evenkeel.moments import BatchMoments
+
+Forward = Callable[[nn.Module, Any], Any]
+Collected = dict[str, list[BatchMoments]]
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """Run a batch: a tensor, a mapping of arguments, or a sequence whose first item is the input."""
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, list | tuple) and batch:
+        return model(batch[0])
+    raise CalibrationError(
+        f"A batch must be a tensor, a mapping, or a tuple whose first item is the input; got "
+        f"{type(batch).__name__}. Pass forward=lambda model, batch: ... for anything else."
+    )
+
+
+@torch.no_grad()
+def collect(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    normalize_by: str = "batch",
+    forward: Forward = default_forward,
+) -> Collected:
+    """Moments of what reaches each normalizer, one entry for each time it is called.
+
+    The network is in eval mode throughout; modes and statistics are left exactly as they were.
+
+    Args:
+        model: any network; nothing is assumed of where its noise comes from.
+        batches: unlabelled inputs, or what ``forward`` takes.
+        normalize_by: "batch": each batch is normalized by its own statistics, so that a layer's
+            input is already re-aligned by the layers before it. "running": by the present ones, as
+            deployed.
+        forward: how to run the model on a batch.
+
+    Raises:
+        CalibrationError: no normalizer with running statistics, no batch, or activations that are
+            not finite.
+    """
+    model = getattr(model, "_orig_mod", model)  # hooks are not seen by a compiled wrapper
+    found = normalizers_of(model)
+    collected: Collected = {path: [] for path in found}
+
+    def measure(path: str) -> Callable[[Any, tuple[Any, ...]], None]:
+        def hook(module: Any, args: tuple[Any, ...]) -> None:
+            moments = BatchMoments.of(_checked(args[0], path))
+            collected[path].append(moments)
+            if normalize_by == "batch":
+                module.running_mean.copy_(moments.mean)
+                module.running_var.copy_(moments.var)
+
+        return hook
+
+    with in_eval(model, found), contextlib.ExitStack() as hooks:
+        for path, normalizer in found.items():
+            assert isinstance(normalizer, nn.Module)
+            hooks.callback(normalizer.register_forward_pre_hook(measure(path)).remove)
+        for batch in batches:
+            forward(model, batch)
+    if not any(collected.values()):
+        raise CalibrationError(
+            "calibrate_ needs at least one batch that reaches a normalizer; none came. Check that the "
+            "batches are not empty or used up: a generator can be read only once."
+        )
+    return {path: moments for path, moments in collected.items() if moments}
+
+
+def _checked(x: Tensor, path: str) -> Tensor:
+    if x.dim() < 2 or x.numel() == 0:
+        raise CalibrationError(
+            f"calibrate_ needs batches of shape (N, C, *spatial) with N of 1 or more; the input of "
+            f"'{path}' has shape {tuple(x.shape)}."
+        )
+    if not bool(torch.isfinite(x).all()):
+        raise CalibrationError(
+            f"calibrate_ needs finite activations; the input of '{path}' holds NaN or infinity. "
+            f"Check the calibration data and the network's weights."
+        )
+    return x

@@ -1,0 +1,64 @@
+"""The do-no-harm gate: samples that the fit has not seen decide whether it is kept."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evenkeel.calibrate.collect import Collected
+from evenkeel.layers import RunningStatistics
+from evenkeel.moments import BatchMoments
+
+HELD_OUT = 4
+"""One sample in this many is kept from the fit for the gate."""
+
+
+def misfit(statistics: RunningStatistics, observed: list[BatchMoments]) -> float:
+    r"""How far activations are from the statistics that a normalizer holds of them, in deviations.
+
+    $$ \sqrt{2\,\mathrm{mean}_c\,\mathrm{KL}_c}, \qquad
+       2\,\mathrm{KL} = \frac{v}{\sigma^2} + \frac{(m-\mu)^2}{\sigma^2} - 1 - \ln\frac{v}{\sigma^2} $$
+
+    for observed moments $m, v$ and kept ones $\mu, \sigma^2$ of each channel, both taken as normal
+    distributions. A pure shift of the mean by $d$ deviations gives $d$.
+    """
+    whole = BatchMoments.pool(observed)
+    eps = float(getattr(statistics, "eps", 1e-5))
+    kept = statistics.running_var.double() + eps
+    ratio = (whole.var + eps) / kept
+    shift2 = (whole.mean - statistics.running_mean.double()).square() / kept
+    return math.sqrt(float((ratio + shift2 - 1 - ratio.log()).clamp_min(0).mean()))
+
+
+def misfits(normalizers: dict[str, RunningStatistics], observed: Collected) -> dict[str, float]:
+    """The misfit of every normalizer that was reached."""
+    return {path: misfit(normalizers[path], moments) for path, moments in observed.items()}
+
+
+def split(batches: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+    """Batches for the fit and batches for the gate: every fourth, or a fourth of a single one."""
+    every = list(batches)
+    if len(every) >= HELD_OUT:
+        held = every[HELD_OUT - 1 :: HELD_OUT]
+        return [b for i, b in enumerate(every) if i % HELD_OUT != HELD_OUT - 1], held
+    fit, held = [], []
+    for batch in every:
+        size = next((t.shape[0] for t in _tensors(batch)), 0)
+        cut = size - max(1, size // HELD_OUT) if size > 1 else size
+        fit.append(_narrow(batch, 0, cut))
+        if cut < size:
+            held.append(_narrow(batch, cut, size))
+    return fit, held
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    leaves, _ = torch.utils._pytree.tree_flatten(batch)
+    return (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0)
+
+
+def _narrow(batch: Any, start: int, stop: int) -> Any:
+    return torch.utils._pytree.tree_map(
+        lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) and leaf.dim() > 0 else leaf, batch
+    )

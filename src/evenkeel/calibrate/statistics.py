@@ -1,0 +1,62 @@
+"""The statistics that normalizers keep: read them, write them, put them back."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from evenkeel.errors import CalibrationError
+from evenkeel.layers import RunningStatistics, running_normalizers
+
+
+class Statistics(NamedTuple):
+    """What a normalizer keeps: mean and (unbiased) variance per channel, (C,) each."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def normalizers_of(model: nn.Module) -> dict[str, RunningStatistics]:
+    """The network's normalizers with running statistics; an error where there are none."""
+    found = dict(running_normalizers(model))
+    if not found:
+        kinds = sorted({type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__})
+        raise CalibrationError(
+            f"Calibration needs normalizers that keep running statistics (running_mean and "
+            f"running_var); {type(model).__name__} has none"
+            + (f", only {', '.join(kinds)}" if kinds else "")
+            + ". If batch norm was folded into the weights, calibrate before folding."
+        )
+    return found
+
+
+def read(normalizers: dict[str, RunningStatistics]) -> dict[str, Statistics]:
+    """Copies of the statistics, in the buffers' own dtype."""
+    return {
+        path: Statistics(n.running_mean.clone(), n.running_var.clone())
+        for path, n in normalizers.items()
+    }
+
+
+@torch.no_grad()
+def write(normalizers: dict[str, RunningStatistics], statistics: dict[str, Statistics]) -> None:
+    """Set the statistics of the normalizers named."""
+    for path, (mean, var) in statistics.items():
+        normalizers[path].running_mean.copy_(mean)
+        normalizers[path].running_var.copy_(var)
+
+
+@contextlib.contextmanager
+def in_eval(model: nn.Module, normalizers: dict[str, RunningStatistics]) -> Iterator[None]:
+    """Eval mode for a while; modes and statistics are put back, whatever happens inside."""
+    modes = [(module, module.training) for module in model.modules()]
+    statistics = read(normalizers)
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        write(normalizers, statistics)

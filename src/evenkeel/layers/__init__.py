@@ -1,0 +1,7 @@
+"""What the methods need to know of a layer: its weights as a matrix, its running statistics."""
+
+from evenkeel.layers.normalizers import RunningStatistics as RunningStatistics
+from evenkeel.layers.normalizers import running_normalizers as running_normalizers
+from evenkeel.layers.weights import WeightLayer as WeightLayer
+from evenkeel.layers.weights import register_weight_layer as register_weight_layer
+from evenkeel.layers.weights import weight_layer as weight_layer

@@ -1,0 +1,77 @@
+"""A layer's weights as a matrix of (outputs, inputs), and the layer run with another matrix.
+
+That is all an analog array, or any other method that works on matrices, has to know of a layer. A
+new kind of layer is one class of two functions and a call of :func:`register_weight_layer`.
+"""
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class WeightLayer(Protocol):
+    """How one kind of layer shows its weights."""
+
+    def matrix(self, layer: Any) -> Tensor:
+        """The weights as (outputs, inputs per output): a row holds all that feeds one output."""
+
+    def forward(self, layer: Any, x: Tensor, matrix: Tensor) -> Tensor:
+        """The layer's output for ``x`` with ``matrix`` in place of its weights.
+
+        ``layer.weight`` must not be used: on a chip it is gone. Its bias and options are there.
+        """
+
+
+class LinearWeights:
+    """``nn.Linear``: the weight is the matrix."""
+
+    def matrix(self, layer: nn.Linear) -> Tensor:
+        """(out_features, in_features)."""
+        return layer.weight
+
+    def forward(self, layer: nn.Linear, x: Tensor, matrix: Tensor) -> Tensor:
+        """Same as the layer's own forward."""
+        return F.linear(x, matrix, layer.bias)
+
+
+class ConvWeights:
+    """``nn.Conv{1,2,3}d`` with every option: one row per output channel, a patch unrolled along it.
+
+    With ``groups`` a row holds only the inputs of its own group, as on an array that stores each
+    group's block on its own.
+    """
+
+    def matrix(self, layer: nn.Conv2d) -> Tensor:
+        """(out_channels, in_channels / groups * kernel size)."""
+        return layer.weight.flatten(1)
+
+    def forward(self, layer: nn.Conv2d, x: Tensor, matrix: Tensor) -> Tensor:
+        """Same as the layer's own forward, padding modes included."""
+        shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+        return layer._conv_forward(x, matrix.view(shape), layer.bias)
+
+
+_KINDS: dict[type[nn.Module], WeightLayer] = {
+    nn.Linear: LinearWeights(),
+    nn.Conv1d: ConvWeights(),
+    nn.Conv2d: ConvWeights(),
+    nn.Conv3d: ConvWeights(),
+}
+
+
+def register_weight_layer(kind: type[nn.Module], weights: WeightLayer) -> None:
+    """Make a further kind of layer known, for programming and for every other method."""
+    _KINDS[kind] = weights
+
+
+def weight_layer(layer: nn.Module) -> WeightLayer | None:
+    """How ``layer`` shows its weights; None where nothing is known of it.
+
+    A subclass counts as its parent only while it keeps the parent's forward: one that does anything
+    else with its weight is not guessed at. Parametrized layers keep it, so they are found.
+    """
+    for kind, weights in _KINDS.items():
+        if type(layer) is kind or (isinstance(layer, kind) and type(layer).forward is kind.forward):
+            return weights
+    return None

@@ -1,0 +1,92 @@
+"""The moments of one batch per channel, with what is needed to tell how well they are known."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BatchMoments:
+    r"""Per-channel moments of a batch ``x`` of shape (N, C, *spatial).
+
+    Besides mean and variance over samples and positions it keeps how much the samples differ from
+    each other. Positions within an image are not independent, images are: the spread between
+    samples, not the number of elements, tells the sampling error of a statistic.
+
+    Attributes:
+        samples: N.
+        count: elements per channel, N times the number of positions.
+        mean: (C,) mean over samples and positions, float64.
+        var: (C,) variance about that mean, divided by the number of elements (biased), float64.
+        mean_spread: (C,) $\sum_n (A_n - \bar A)^2$ for the samples' own means $A_n$.
+        var_spread: (C,) $\sum_n (S_n - \bar S)^2$ for the samples' mean squared deviations $S_n$
+            from the batch mean.
+    """
+
+    samples: int
+    count: int
+    mean: Tensor
+    var: Tensor
+    mean_spread: Tensor
+    var_spread: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> "BatchMoments":
+        """Moments of ``x``, read once; taken in float32 or better whatever its dtype.
+
+        The two-level form (within each sample, then across them) keeps its digits when the mean is
+        much larger than the deviation, where the difference of raw moments loses them all.
+        """
+        rows = x.detach().flatten(2) if x.dim() > 2 else x.detach().unsqueeze(2)  # (N, C, P)
+        if rows.dtype not in (torch.float32, torch.float64):
+            rows = rows.float()
+        var_n, mean_n = torch.var_mean(rows, dim=2, correction=0)  # (N, C) each
+        mean_n, var_n = mean_n.double(), var_n.double()
+        mean = mean_n.mean(0)  # (C,)
+        deviation_n = var_n + (mean_n - mean).square()  # (N, C): sample n about the batch mean
+        var = deviation_n.mean(0)
+        return cls(
+            samples=rows.shape[0],
+            count=rows.shape[0] * rows.shape[2],
+            mean=mean,
+            var=var,
+            mean_spread=(mean_n - mean).square().sum(0),
+            var_spread=(deviation_n - var).square().sum(0),
+        )
+
+    @property
+    def unbiased_var(self) -> Tensor:
+        """(C,) variance with Bessel's correction, as torch stores it in ``running_var``."""
+        return self.var * self.count / max(self.count - 1, 1)
+
+    @staticmethod
+    def pool(parts: "list[BatchMoments]") -> "BatchMoments":
+        """Exactly the moments of all the parts' elements together, parts of any size.
+
+        The spreads are about the pooled mean too, as far as the parts' summaries can tell: the
+        part of ``var_spread`` that mixes third moments is left out.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        count = sum(p.count for p in parts)
+        shares = [p.count / count for p in parts]
+        mean = _sum(p.mean * share for p, share in zip(parts, shares, strict=True))
+        about = [p.var + (p.mean - mean).square() for p in parts]  # part k about the pooled mean
+        var = _sum(a * share for a, share in zip(about, shares, strict=True))
+        return BatchMoments(
+            samples=sum(p.samples for p in parts),
+            count=count,
+            mean=mean,
+            var=var,
+            mean_spread=_sum(p.mean_spread + p.samples * (p.mean - mean).square() for p in parts),
+            var_spread=_sum(
+                p.var_spread + p.samples * (a - var).square()
+                for a, p in zip(about, parts, strict=True)
+            ),
+        )
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(terms)).sum(0)
