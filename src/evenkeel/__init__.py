@@ -1,5 +1,9 @@
 """evenkeel keeps neural networks accurate when the arithmetic under them is not."""
 
 from evenkeel import analog as analog
+from evenkeel.audit import Audit as Audit
+from evenkeel.audit import audit as audit
 from evenkeel.calibrate import Calibration as Calibration
 from evenkeel.calibrate import calibrate_ as calibrate_
+from evenkeel.saving import load as load
+from evenkeel.saving import save as save

@@ -75,6 +75,11 @@ class DeviceModel:
         ]
         return type(self).__name__ + (f"({', '.join(changed)})" if changed else "")
 
+    @property
+    def family(self) -> str:
+        """The name that is shared by all levels of one kind."""
+        return type(self).__name__
+
     def to_dict(self) -> dict[str, Any]:
         """Type, version and fields: what identifies the effect in stored results."""
         kind = type(self)
@@ -123,8 +128,16 @@ class Device:
     @property
     def name(self) -> str:
         """The effects' names, and the mapping where it is not the default."""
-        columns = ", per column" if self.scale_per == "column" else ""
-        return " + ".join(m.name for m in self.models) + columns
+        return " + ".join(m.name for m in self.models) + self._mapping
+
+    @property
+    def family(self) -> str:
+        """The name that is shared by all levels of one kind."""
+        return " + ".join(m.family for m in self.models) + self._mapping
+
+    @property
+    def _mapping(self) -> str:
+        return ", per column" if self.scale_per == "column" else ""
 
     @property
     def level(self) -> float | None:

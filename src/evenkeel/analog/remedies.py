@@ -1,0 +1,65 @@
+"""The analog side's remedies, as an audit knows them."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from evenkeel.analog.chip import Chip
+from evenkeel.analog.clip import clip_weights_
+from evenkeel.analog.compensation import CompensatePer, compensate_drift_
+from evenkeel.protocols import Bench
+
+
+@dataclass(frozen=True)
+class DriftCompensation:
+    """One factor for each array, or for each output column; no data needed."""
+
+    per: CompensatePer = "layer"
+    advice: ClassVar[str] = (
+        "Right after programming, read each array with one input line on at a time and keep the mean "
+        "absolute output. At any later age read it again, and multiply the array's digital output by "
+        "the first figure over the second. On a simulated chip: "
+        "`ek.analog.compensate_drift_(chip)`."
+    )
+    version: ClassVar[int] = 1
+    needs_data: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """With the setting, where it is not the default."""
+        return "drift" if self.per == "layer" else f"drift:{self.per}"
+
+    def mend_(self, chip: Chip, bench: Bench) -> dict[str, Any]:
+        """Read every array and rescale it."""
+        compensate_drift_(chip, self.per)
+        return {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings and version."""
+        return {"type": "DriftCompensation", "version": self.version, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class ClipWeights:
+    """Clip weights to a number of their standard deviations before they are mapped."""
+
+    deviations: float = 2.5
+    advice: ClassVar[str] = (
+        "Clip the weights before they are mapped; `mended.safetensors` holds them clipped. By hand: "
+        "`ek.analog.clip_weights_(model)`."
+    )
+    version: ClassVar[int] = 1
+
+    @property
+    def name(self) -> str:
+        """With the setting, where it is not the default."""
+        return "clip" if self.deviations == type(self).deviations else f"clip:{self.deviations:g}"
+
+    def prepare_(self, model: nn.Module, bench: Bench) -> None:
+        """Clip every layer that can be programmed."""
+        clip_weights_(model, self.deviations)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings and version."""
+        return {"type": "ClipWeights", "version": self.version, **asdict(self)}

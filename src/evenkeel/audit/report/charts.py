@@ -1,0 +1,144 @@
+"""Charts as altair objects; :func:`svg` makes them part of a page, in the page's colours."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+
+from evenkeel.audit.plan import age_label
+from evenkeel.audit.summary import Cell
+
+WIDTH, HEIGHT = 440, 250
+INK, GRID = "#010101", "#020202"
+SERIES = [f"#0303{k:02x}" for k in range(8)]
+"""Stand-ins, replaced by the page's colours: a chart then follows light, dark and print."""
+
+Chart = Any
+
+
+def svg(chart: Chart) -> str:
+    """The chart as inline SVG that scales with the page and takes its colours from it."""
+    import vl_convert
+
+    styled = chart.configure(
+        background="transparent",
+        font="system-ui, sans-serif",
+        axis=alt.AxisConfig(
+            labelColor=INK, titleColor=INK, gridColor=GRID, domainColor=GRID, tickColor=GRID,
+            labelFontSize=12, titleFontSize=12, titleFontWeight="normal",
+        ),
+        legend=alt.LegendConfig(
+            labelColor=INK, titleColor=INK, labelFontSize=12, orient="bottom", title=None, columns=2,
+            labelLimit=300,
+        ),
+        view=alt.ViewConfig(stroke=None),
+    )
+    text = vl_convert.vegalite_to_svg(styled.to_json())
+    text = text.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
+    for k, colour in enumerate(SERIES):
+        text = text.replace(colour, f"var(--series-{k})")
+    text = re.sub(r'(<svg[^>]*?) width="[\d.]+" height="[\d.]+"', r"\1", text, count=1)
+    return text[text.index("<svg") :]
+
+
+def against_age(cells: Sequence[Cell], digital: float, metric: str) -> Chart:
+    """Mean of each row over the ages, with the band that holds 90 % of the chips."""
+    ages = [age_label(a) for a in sorted({c.age_s for c in cells})]
+    rows = [_point(c) | {"x": age_label(c.age_s)} for c in cells]
+    x = alt.X("x:O", sort=ages, title="age", axis=alt.Axis(labelAngle=0))
+    return _lines(rows, x, digital, metric)
+
+
+def against_level(cells: Sequence[Cell], digital: float, metric: str) -> Chart:
+    """Mean of each row over the levels of one kind of device."""
+    rows = [_point(c) | {"x": c.level} for c in cells]
+    x = alt.X("x:Q", title=f"level of {cells[0].family}", scale=alt.Scale(zero=False, nice=False))
+    return _lines(rows, x, digital, metric)
+
+
+def every_chip(cells: Sequence[Cell], digital: float, metric: str, floor: float | None) -> Chart:
+    """Each chip as a dot, a row of remedies in a line; the worst chip of each is named."""
+    names = [c.remedy for c in cells]
+    dots = [
+        {"remedy": c.remedy, "value": value, "chip": f"#{chip}"}
+        for c in cells
+        for chip, value in c.chips.items()
+    ]
+    worst = [{"remedy": c.remedy, "value": c.worst, "chip": f"#{c.worst_chip}"} for c in cells]
+    y = alt.Y("remedy:N", sort=names, title=None, axis=alt.Axis(grid=True, labelLimit=160))
+    x = alt.X("value:Q", title=f"{metric}, %", scale=alt.Scale(zero=False))
+    base = alt.Chart(alt.Data(values=dots)).properties(width=WIDTH - 60, height=34 * len(names))
+    layers = [
+        _rule(digital, "x"),
+        base.mark_circle(size=42, opacity=0.55).encode(x=x, y=y, color=_colour("remedy", names, False)),
+        alt.Chart(alt.Data(values=worst))
+        .mark_text(dy=-9, fontSize=11, color=INK)
+        .encode(x=x, y=y, text="chip:N"),
+    ]
+    if floor is not None:
+        layers.append(
+            alt.Chart(alt.Data(values=[{"value": floor}]))
+            .mark_rule(strokeDash=[2, 2], color=INK)
+            .encode(x="value:Q")
+        )
+    return alt.layer(*layers)
+
+
+def layer_shifts(before: dict[str, float], after: dict[str, float]) -> Chart:
+    """For each normalizer, how far its activations were from its statistics, before and after."""
+    order = list(before)
+    values = [
+        {"layer": layer, "shift": shift, "when": when}
+        for when, shifts in (("before", before), ("after", after))
+        for layer, shift in shifts.items()
+    ]
+    y = alt.Y("layer:N", sort=order, title=None, axis=alt.Axis(labelLimit=170))
+    x = alt.X("shift:Q", title="shift, standard deviations")
+    height = max(60, 20 * len(order))
+    lines = (
+        alt.Chart(alt.Data(values=values))
+        .mark_line(strokeWidth=1.5, color=GRID)
+        .encode(x=x, y=y, detail="layer:N")
+    )
+    dots = (
+        alt.Chart(alt.Data(values=values))
+        .mark_circle(size=60, opacity=1)
+        .encode(x=x, y=y, color=_colour("when", ["before", "after"], True))
+    )
+    return (lines + dots).properties(width=WIDTH - 100, height=height)
+
+
+def _point(cell: Cell) -> dict[str, Any]:
+    return {
+        "remedy": cell.remedy,
+        "mean": cell.mean,
+        "low": cell.quantiles[0],
+        "high": cell.quantiles[2],
+    }
+
+
+def _lines(rows: list[dict[str, Any]], x: Any, digital: float, metric: str) -> Chart:
+    names = list(dict.fromkeys(row["remedy"] for row in rows))
+    base = alt.Chart(alt.Data(values=rows)).properties(width=WIDTH, height=HEIGHT)
+    colour = _colour("remedy", names, True)
+    y = alt.Y("mean:Q", title=f"{metric}, %", scale=alt.Scale(zero=False))
+    band = base.mark_area(opacity=0.18).encode(x=x, y="low:Q", y2="high:Q", color=colour)
+    line = base.mark_line(point=alt.OverlayMarkDef(size=36), strokeWidth=2).encode(
+        x=x, y=y, color=colour
+    )
+    return alt.layer(_rule(digital, "y"), band, line)
+
+
+def _rule(value: float, axis: str) -> Chart:
+    """A dashed line for the digital network."""
+    data = alt.Data(values=[{"digital": value}])
+    return (
+        alt.Chart(data).mark_rule(strokeDash=[5, 4], color=INK, opacity=0.7).encode(**{axis: "digital:Q"})
+    )
+
+
+def _colour(field: str, names: list[str], legend: bool) -> Any:
+    scale = alt.Scale(domain=names, range=[SERIES[k % len(SERIES)] for k in range(len(names))])
+    shown = alt.Legend(symbolType="circle", symbolOpacity=1) if legend else None
+    return alt.Color(f"{field}:N", sort=names, scale=scale, legend=shown)

@@ -1,0 +1,157 @@
+"""From an audit to a page."""
+
+import html
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from evenkeel.audit.plan import age_label
+from evenkeel.audit.summary import Cell
+from evenkeel.audit.verdict import EFFORTS, points
+from evenkeel.files import write_atomically
+
+if TYPE_CHECKING:
+    from evenkeel.audit.result import Audit
+
+PICTURES = 6
+"""How many samples are shown."""
+
+
+def write_report(audit: "Audit", path: Path) -> Path:
+    """Write the whole page."""
+    write_atomically(path, _template().render(**_content(audit)).encode())
+    return path
+
+
+def summary_html(audit: "Audit") -> str:
+    """The verdict and the table, for a notebook."""
+    said = "".join(f"<p>{html.escape(s)}</p>" for s in audit.verdict)
+    return f"{said}<pre>{html.escape(audit.table())}</pre>"
+
+
+def _template() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"age": age_label, "points": points, "markdown": _code}
+    return environment.get_template("page.html.jinja")
+
+
+def _code(text: str) -> str:
+    """The two marks that advice uses: `code` and paragraphs."""
+    import markupsafe
+
+    return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text)))  # noqa: S704
+
+
+def _content(audit: "Audit") -> dict[str, Any]:
+    headline = audit.verdicts[0]
+    worst = min(headline.recommended, key=lambda cell: cell.mean)
+    here = [c for c in audit.cells if c.device == worst.device and c.age_s == worst.age_s]
+    return {
+        "audit": audit,
+        "facts": audit.to_dict(),
+        "verdict": audit.verdict,
+        "worst": worst,
+        "row": audit._work.plan.rows[headline.row],
+        "efforts": EFFORTS,
+        "others": _others(audit),
+        "charts": _charts(audit, here, worst),
+        "shifts": _shifts(audit, worst),
+        "pictures": _pictures(audit, worst, headline.row),
+        "devices": list(dict.fromkeys(c.device for c in audit.cells)),
+    }
+
+
+def _others(audit: "Audit") -> list[dict[str, Any]]:
+    """A line for every device: raw, recommended, both at the recommended row's worst age."""
+    lines = []
+    for verdict in audit.verdicts:
+        effort = audit._work.plan.rows[verdict.row].effort
+        worst = min(verdict.recommended, key=lambda cell: cell.mean)
+        raw = next(c for c in verdict.raw if c.age_s == worst.age_s)
+        lines.append({"device": verdict.device, "raw": raw, "recommended": worst, "effort": effort})
+    return lines
+
+
+def _charts(audit: "Audit", here: list[Cell], worst: Cell) -> dict[str, Any]:
+    import markupsafe
+
+    from evenkeel.audit.report import charts
+
+    def drawn(chart: Any) -> Any:
+        return markupsafe.Markup(charts.svg(chart))  # noqa: S704
+
+    aging, levels = [], []
+    for device in dict.fromkeys(c.device for c in audit.cells):
+        cells = [c for c in audit.cells if c.device == device]
+        if len({c.age_s for c in cells}) > 1:
+            aging.append((device, drawn(charts.against_age(cells, audit.digital, audit.metric))))
+    for family in dict.fromkeys(c.family for c in audit.cells):
+        cells = [c for c in audit.cells if c.family == family and c.age_s == worst_age(audit, c.device)]
+        if len({c.level for c in cells}) > 1:
+            levels.append((family, drawn(charts.against_level(cells, audit.digital, audit.metric))))
+    return {
+        "aging": aging,
+        "levels": levels,
+        "chips": drawn(charts.every_chip(here, audit.digital, audit.metric, audit.floor)),
+    }
+
+
+def worst_age(audit: "Audit", device: str) -> float:
+    """The last age at which a device was visited."""
+    return max(c.age_s for c in audit.cells if c.device == device)
+
+
+def _shifts(audit: "Audit", worst: Cell) -> dict[str, Any] | None:
+    """Shifts at the headline's place, for the plainest calibration there."""
+    import markupsafe
+
+    from evenkeel.audit.report import charts
+
+    here = [s for s in audit.shifts if (s["device"], s["age_s"]) == (worst.device, worst.age_s)]
+    if not here:
+        return None
+    chosen = min(here, key=lambda s: len(s["remedy"]))
+    chart = charts.layer_shifts(chosen["before"], chosen["after"])
+    return {**chosen, "chart": markupsafe.Markup(charts.svg(chart))}  # noqa: S704
+
+
+@torch.no_grad()
+def _pictures(audit: "Audit", worst: Cell, row: int) -> list[Any]:
+    """Samples on which the worst chip, as it is, errs: digital, raw and mended side by side."""
+    import markupsafe
+
+    work = audit._work
+    plan, task, batch = work.plan, work.plan.task, work.data.test[0]
+    rows = dict.fromkeys((0, row))
+    networks: dict[str, Any] = {"digital": work.model}
+    for r in rows:
+        networks[plan.rows[r].name if r else "chip as it is"] = audit.mended_chip(
+            0, worst.age_s, r, worst.worst_chip
+        )
+    outputs = {name: task.run(network, batch) for name, network in networks.items()}
+    wrong = torch.nonzero(
+        torch.tensor([_value(task, outputs["chip as it is"], batch, i) for i in range(len(batch[0]))])
+        < 100
+    ).flatten()
+    return [
+        markupsafe.Markup(task.draw(batch, int(i), outputs, work.data.classes))  # noqa: S704
+        for i in wrong[:PICTURES]
+    ]
+
+
+def _value(task: Any, output: Any, batch: Any, index: int) -> float:
+    one = tuple(part[index : index + 1] for part in batch)
+    try:
+        return float(task.value(task.score(output[index : index + 1], one)))
+    except ZeroDivisionError:  # a metric that has no meaning for one sample
+        return 0.0

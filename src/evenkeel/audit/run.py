@@ -1,0 +1,179 @@
+"""Running trials: in worker processes, in this one, or on any executor."""
+
+import functools
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import torch
+from torch import nn
+
+from evenkeel.audit.plan import Plan, Trial
+from evenkeel.audit.remedy import FitBench, Row
+from evenkeel.audit.store import Store
+from evenkeel.data import Data
+from evenkeel.errors import ConfigError
+from evenkeel.protocols import Task
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """All that a worker needs besides the trial."""
+
+    model: nn.Module
+    data: Data
+    plan: Plan
+
+    def bench(self, device: int) -> FitBench:
+        """What remedies may use on a device."""
+        hardware = self.plan.devices[device]
+        return FitBench(
+            batches=self.data.calibration,
+            forward=self.plan.task.run,
+            device=hardware,
+            ages_s=self.plan.ages_of(hardware),
+            seed=self.plan.seed,
+        )
+
+    def prepared(self, device: int, row: int) -> nn.Module:
+        """The network that is programmed: with the row's shared changes for this device."""
+        return self.plan.rows[row].prepared(self.model, self.bench(device))
+
+
+@torch.no_grad()
+def evaluate(model: Any, data: Data, task: Task) -> torch.Tensor:
+    """The task's sums over all test batches."""
+    sums = [task.score(task.run(model, batch), batch) for batch in data.test]
+    return torch.stack(sums).sum(0)
+
+
+def mended_chip(work: Workload, prepared: nn.Module, trial: Trial) -> tuple[Any, dict[str, Any]]:
+    """The trial's chip, aged and mended, about to be evaluated; and the remedies' facts."""
+    chip = work.plan.devices[trial.device].program(prepared, seed=trial.chip)
+    chip.age_(trial.age_s)
+    chip.rewind_("mend")
+    facts = work.plan.rows[trial.row].mend_(chip, work.bench(trial.device))
+    chip.rewind_("evaluate")  # every remedy meets the same read noise
+    return chip, facts
+
+
+def run_trial(work: Workload, prepared: nn.Module, trial: Trial) -> dict[str, Any]:
+    """One trial's result: the metric, its sums, and the remedies' facts."""
+    started = time.perf_counter()
+    chip, facts = mended_chip(work, prepared, trial)
+    sums = evaluate(chip, work.data, work.plan.task)
+    return {
+        "value": work.plan.task.value(sums),
+        "sums": sums.tolist(),
+        "facts": facts,
+        "digital": chip.digital,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def run(
+    work: Workload,
+    trials: Sequence[Trial],
+    store: Store,
+    *,
+    executor: Executor | None,
+    workers: int | None,
+    progress: Progress,
+) -> dict[str, dict[str, Any]]:
+    """Results of all trials by key: those in the store are read, the others run and kept.
+
+    Only this process writes to the store, one transaction for each trial as it comes back.
+    """
+    results = store.results(trial.key for trial in trials)
+    pending = list({t.key: t for t in trials if t.key not in results}.values())
+    progress(len(trials) - len(pending), len(trials))
+    if not pending:
+        return results
+
+    def keep(trial: Trial, result: dict[str, Any]) -> None:
+        store.add(trial.key, trial.identity, result)
+        results[trial.key] = result
+        progress(len(results), len(trials))
+
+    workers = min(num_workers(workers), len(pending))
+    if executor is None and workers <= 1:
+        prepared = functools.cache(work.prepared)
+        for trial in pending:
+            keep(trial, run_trial(work, prepared(trial.device, trial.row), trial))
+        return results
+    with tempfile.TemporaryDirectory(prefix="evenkeel-") as folder:
+        path = Path(folder) / "workload.pickle"
+        path.write_bytes(cloudpickle.dumps(work))
+        pool = executor or _local_processes(workers)
+        _gather(pool, str(path), pending, keep)
+    return results
+
+
+def num_workers(asked: int | None) -> int:
+    """Worker processes: as asked, or one for each core this process may use."""
+    if asked is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if asked < 0:
+        raise ConfigError(f"workers must be 0 (run in this process) or more; got {asked}.")
+    return asked
+
+
+def _local_processes(workers: int) -> Executor:
+    from loky import get_reusable_executor
+
+    # One thread each: the cores are taken by the workers, and sums come out the same everywhere.
+    pool: Executor = get_reusable_executor(
+        max_workers=workers, timeout=30, initializer=torch.set_num_threads, initargs=(1,)
+    )
+    return pool
+
+
+def _gather(
+    pool: Executor,
+    path: str,
+    pending: Sequence[Trial],
+    keep: Callable[[Trial, dict[str, Any]], None],
+) -> None:
+    futures: dict[Future[dict[str, Any]], Trial] = {}
+    waiting = iter(pending)
+    ahead = 4 * (multiprocessing.cpu_count() or 1)  # enough to keep any pool busy, few to call off
+    try:
+        while True:
+            for trial in waiting:
+                futures[pool.submit(_in_worker, path, trial)] = trial
+                if len(futures) >= ahead:
+                    break
+            if not futures:
+                return
+            done, _ = wait(futures, return_when=FIRST_COMPLETED)
+            for future in done:
+                keep(futures.pop(future), future.result())
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
+
+
+def _in_worker(path: str, trial: Trial) -> dict[str, Any]:
+    work = _load(path)
+    return run_trial(work, _prepared(path, trial.device, trial.row), trial)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(path: str) -> Workload:
+    work: Workload = cloudpickle.loads(Path(path).read_bytes())  # written by run() for this audit
+    return work
+
+
+@functools.lru_cache(maxsize=64)
+def _prepared(path: str, device: int, row: int) -> nn.Module:
+    return _load(path).prepared(device, row)

@@ -1,0 +1,112 @@
+"""What an audit comes to: the recommended remedy, and the sentences that say so."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evenkeel.audit.plan import age_label
+from evenkeel.audit.remedy import Row
+from evenkeel.audit.summary import Cell
+
+WITHIN = 0.5
+"""Points below the best row that a cheaper one may lie and still be recommended."""
+
+EFFORTS = (
+    "no work at all",
+    "one changed network for every chip, nothing to do on each",
+    "a measurement on each chip, without data",
+    "unlabelled inputs run on each chip",
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The recommendation for one device, judged at the age at which each row is worst.
+
+    Attributes:
+        device: its name.
+        raw: the first row's cells, by age.
+        recommended: cells of the cheapest row that comes close to the best.
+        best: cells of the row that is best at its worst age.
+        row: position of the recommended row in the plan.
+    """
+
+    device: str
+    raw: Sequence[Cell]
+    recommended: Sequence[Cell]
+    best: Sequence[Cell]
+    row: int
+
+
+def judge(rows: Sequence[Row], cells: Sequence[Sequence[Cell]], device: str) -> Verdict:
+    """Choose among rows of remedies.
+
+    Args:
+        rows: the plan's rows.
+        cells: for each row, its cells at each age.
+        device: name.
+    """
+    lifetime = [min(cell.mean for cell in of_row) for of_row in cells]
+    best = max(range(len(rows)), key=lambda r: (lifetime[r], -rows[r].effort))
+    close = [r for r in range(len(rows)) if lifetime[r] >= lifetime[best] - WITHIN]
+    chosen = min(close, key=lambda r: (rows[r].effort, -lifetime[r]))
+    return Verdict(device, cells[0], cells[chosen], cells[best], chosen)
+
+
+def points(cell: Cell) -> str:
+    """Mean and half its interval, such as "98.5 ± 0.2 %"."""
+    return f"{cell.mean:.1f}" + ("" if cell.low is None else f" ± {cell.half_width:.1f}") + " %"
+
+
+def sentences(
+    verdict: Verdict,
+    row: Row,
+    *,
+    network: str,
+    metric: str,
+    digital: float,
+    digital_interval: tuple[float, float] | None,
+    floor: float | None,
+) -> list[str]:
+    """The verdict in words, the most important first."""
+    worst = min(verdict.recommended, key=lambda cell: cell.mean)
+    raw = next(cell for cell in verdict.raw if cell.age_s == worst.age_s)
+    chips = len(worst.chips)
+    test = (
+        ""
+        if digital_interval is None
+        else f" ({digital_interval[0]:.1f} to {digital_interval[1]:.1f} % for so many test samples)"
+    )
+    when = f" {_when(worst.age_s)}" if len(verdict.raw) > 1 else ""
+    said = [
+        f"{network} has {metric} {digital:.1f} % in digital arithmetic{test}; on {verdict.device}"
+        f"{when} it keeps {points(raw)}"
+        + (
+            f", and with {worst.remedy} {points(worst)}."
+            if worst.remedy != raw.remedy
+            else ". No remedy tried makes it better by more than half a point."
+        )
+    ]
+    if worst.remedy != raw.remedy:
+        said.append(
+            f"{worst.remedy} is the cheapest remedy within {WITHIN} points of the best: it takes "
+            f"{EFFORTS[row.effort]}, and no retraining."
+        )
+        best = next((c for c in verdict.best if c.age_s == worst.age_s), worst)
+        if best.remedy != worst.remedy:
+            said.append(f"The best, {best.remedy}, reaches {points(best)} at that age.")
+    said.append(
+        f"The worst of {chips} chips is chip {worst.worst_chip} with {worst.worst:.1f} %."
+        + ("" if floor is None or worst.yielded is None else _yield(worst, floor))
+    )
+    return said
+
+
+def _yield(cell: Cell, floor: float) -> str:
+    return (
+        f" Yield: {100 * (cell.yielded or 0):.0f} % of chips reach {floor:g} % (95 % interval "
+        f"{100 * (cell.yield_low or 0):.0f} to {100 * (cell.yield_high or 0):.0f} %)."
+    )
+
+
+def _when(age_s: float) -> str:
+    return "right after programming" if age_s == 0 else f"after {age_label(age_s)}"

@@ -1,0 +1,58 @@
+"""Calibration on each chip, and statistics pooled over chips, as an audit knows them."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from evenkeel.calibrate.calibration import calibrate_
+from evenkeel.calibrate.pool import pool_statistics_
+from evenkeel.protocols import Bench
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """:func:`evenkeel.calibrate_` on each chip."""
+
+    estimator: str = "pooled"
+    advice: ClassVar[str] = (
+        "On each chip, at the age it is used at, run some unlabelled inputs and fit the normalizers: "
+        "`ek.calibrate_(chip, batches)`, where `chip` is any PyTorch module that drives the hardware. "
+        "Keep what it returns: `ek.save(calibration, path)`; `calibration.undo()` goes back."
+    )
+    version: ClassVar[int] = 1
+    needs_data: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        """With the setting, where it is not the default."""
+        return "calibrate" if self.estimator == "pooled" else f"calibrate:{self.estimator}"
+
+    def mend_(self, chip: nn.Module, bench: Bench) -> dict[str, Any]:
+        """Fit the chip's statistics; the certificate is the record."""
+        done = calibrate_(chip, bench.batches, estimator=self.estimator, forward=bench.forward)
+        return {"calibration": done.to_dict()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings and version."""
+        return {"type": "Calibrate", "version": self.version, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class PoolOverChips:
+    """:func:`evenkeel.calibrate.pool_statistics_` over simulated chips of the device."""
+
+    advice: ClassVar[str] = (
+        "Deploy the network of `mended.safetensors`: its running statistics are those of an average "
+        "chip of this device, over all the ages audited."
+    )
+    version: ClassVar[int] = 1
+    name: ClassVar[str] = "pooled"
+
+    def prepare_(self, model: nn.Module, bench: Bench) -> None:
+        """Give the network the statistics that hold on average over chips and ages."""
+        pool_statistics_(model, bench.chips(model), bench.batches, forward=bench.forward)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings and version."""
+        return {"type": "PoolOverChips", "version": self.version}

@@ -1,0 +1,27 @@
+"""The command line: ``evenkeel audit``, ``evenkeel devices``."""
+
+import sys
+
+from evenkeel.errors import EvenkeelError
+
+
+def main() -> None:
+    """Run a command. Exit code 2: what was asked for cannot be done, and why is on one line."""
+    from cyclopts import App, CycloptsError
+
+    from evenkeel.cli.audit import audit
+    from evenkeel.cli.devices import devices
+
+    app = App(name="evenkeel", help="Keeps neural networks accurate when the arithmetic under them is not.")
+    app.command(audit)
+    app.command(devices)
+    try:
+        app(exit_on_error=False, print_error=True)
+    except CycloptsError:
+        sys.exit(2)
+    except EvenkeelError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; finished trials are kept, the same command goes on.", file=sys.stderr)  # noqa: T201
+        sys.exit(130)

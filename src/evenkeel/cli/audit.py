@@ -1,0 +1,182 @@
+"""``evenkeel audit``."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import evenkeel as ek
+from evenkeel import data as datasets
+from evenkeel.cli.network import network_from
+from evenkeel.errors import ConfigError, nearest
+from evenkeel.files import require_writable_folder, write_atomically
+from evenkeel.models import build
+from evenkeel.saving import load, save
+from evenkeel.train import fit
+
+DEMO = "resnet8_digits"
+DEMO_DEVICES = ("pcm", "gaussian:0.05", "gaussian:0.1", "gaussian:0.15", "gaussian:0.2")
+
+
+def audit(
+    model: str | None = None,
+    /,
+    *,
+    weights: str | None = None,
+    data: str = "digits",
+    mean: str = "0",
+    std: str = "1",
+    task: str = "classify",
+    device: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    age: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    remedy: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    chips: int = 16,
+    until: float | None = None,
+    floor: float | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    out: Path = Path("audit"),
+    json_file: Annotated[Path | None, Parameter(name="--json")] = None,
+) -> None:
+    """Audit a trained network: how accurate it is on analog chips, over their life, and the remedy.
+
+    Without MODEL a small residual network is trained on scikit-learn's handwritten digits first.
+
+    Parameters
+    ----------
+    model
+        module:factory (with --weights), a named architecture (with --weights), or a file that
+        evenkeel.save wrote.
+    weights
+        Safetensors file of the network's weights; "own" where the factory loads them itself.
+    data
+        "digits", a folder of images (test/CLASS/*.png and train/CLASS/*.png), or module:function
+        that returns evenkeel.data.Data.
+    mean
+        Taken off the pixels of a folder of images, which are in 0..1; one number or one per channel.
+    std
+        What the pixels are divided by then.
+    task
+        classify, regress, or module:Class.
+    device
+        Names, with levels: pcm gaussian:0.05 stuck_at:0.01, or module:Class. The verdict is on the
+        first. `evenkeel devices` lists them.
+    age
+        Times since programming, such as 0,1h,1d,1mo,1y.
+    remedy
+        Rows of remedies, such as none,drift,drift+calibrate; the first is what the others are
+        compared with.
+    chips
+        How many chips of each device.
+    until
+        Go on adding chips until the 95 % interval of every mean is at most this many points to
+        each side.
+    floor
+        What a chip must reach to count as good, in percent; gives the yield.
+    seed
+        Of the first chip.
+    workers
+        Processes; default one for each core, 0 for none besides this one.
+    out
+        Folder for report.html, audit.json, mended.safetensors, recipe.md and audit.db.
+    json_file
+        Write the machine-readable result here as well.
+    """
+    console = Console()
+    require_writable_folder(out)
+    if json_file is not None:
+        require_writable_folder(json_file.parent)
+    samples = _data(data, _numbers(mean, "--mean"), _numbers(std, "--std"))
+    with _progress(console) as bar:
+        network = _demo(out, samples, bar) if model is None else network_from(model, weights)
+        job = bar.add_task("trials", total=None)
+        result = ek.audit(
+            network,
+            samples,
+            task=task,
+            devices=_listed(device) or (DEMO_DEVICES if model is None else ("pcm",)),
+            ages=_listed(age) or ek.audit.__kwdefaults__["ages"],
+            remedies=_listed(remedy) or ek.audit.__kwdefaults__["remedies"],
+            chips=chips,
+            until=until,
+            floor=floor,
+            seed=seed,
+            store=out / "audit.db",
+            workers=workers,
+            progress=lambda done, total: bar.update(job, completed=done, total=total),
+            command=shlex.join(["evenkeel", *sys.argv[1:]]),
+        )
+    _write(result, out, json_file)
+    console.print(result.rich_table())
+    for sentence in result.verdict:
+        console.print(sentence, highlight=False)
+    console.print(f"Report: {(out / 'report.html').resolve().as_uri()}", highlight=False, soft_wrap=True)
+
+
+def _write(result: ek.Audit, out: Path, json_file: Path | None) -> None:
+    facts = json.dumps(result.to_dict(), indent=1).encode()
+    for path in (out / "audit.json", json_file):
+        if path is not None:
+            write_atomically(path, facts)
+    save(result.best, out / "mended.safetensors", remedy=result.best_remedy, recipe=result.recipe)
+    steps = "\n".join(f"{k}. {step}" for k, step in enumerate(result.recipe, 1))
+    recipe = f"# {result.best_remedy}\n\n{' '.join(result.verdict)}\n\n{steps}\n"
+    write_atomically(out / "recipe.md", recipe.encode())
+    result.report(out / "report.html")
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _demo(out: Path, samples: Any, bar: Progress) -> Any:
+    """The default network; trained once, then read from the output folder."""
+    path = out / f"{DEMO}.safetensors"
+    if not path.exists():
+        if samples.train is None:
+            raise ConfigError(
+                f"Without MODEL a network is trained, and '{samples.name}' has nothing to train on. Name a "
+                f"MODEL, or leave --data out."
+            )
+        job = bar.add_task("training", total=None)
+        trained = fit(
+            lambda: build(DEMO),
+            *samples.train,
+            on_step=lambda done, total: bar.update(job, completed=done, total=total),
+        )
+        save(trained, path)
+    return load(path)
+
+
+def _data(name: str, mean: list[float], std: list[float]) -> Any:
+    from evenkeel.audit.names import import_from
+
+    if name == "digits":
+        return datasets.digits()
+    if Path(name).is_dir():
+        return datasets.image_folder(name, mean=mean, std=std)
+    if ":" in name:
+        return datasets.as_data(import_from(name)())
+    raise ConfigError(
+        f"No data set or folder {name!r}. {nearest(name, ['digits'])} Otherwise give a folder with "
+        f"test/CLASS/*.png and train/CLASS/*.png, or module:function."
+    )
+
+
+def _listed(entries: list[str] | None) -> list[str]:
+    return [part for entry in entries or [] for part in entry.split(",") if part]
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{option} needs numbers joined by commas; got {text!r}.") from None

@@ -1,0 +1,130 @@
+"""Batches to calibrate with and batches to test on, that never share a sample."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evenkeel.errors import ConfigError
+
+Batch = Any
+
+
+@dataclass(frozen=True)
+class Data:
+    """What an audit runs on.
+
+    Attributes:
+        name: for the report.
+        test: labelled batches, as the task understands them; for classification (inputs, labels).
+        calibration: batches of the same form; labels, if any, are never looked at.
+        classes: names of the classes, in the order of the labels; may be empty.
+        train: inputs and targets to train on, where the data set has them.
+    """
+
+    name: str
+    test: Sequence[Batch]
+    calibration: Sequence[Batch]
+    classes: Sequence[str] = ()
+    train: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        for part in ("test", "calibration"):
+            batches = getattr(self, part)
+            if sum(_size(batch) for batch in batches) == 0:
+                raise ConfigError(
+                    f"An audit needs {part} samples; '{self.name}' has none. Check the folder or the "
+                    f"loader: a generator that was read before gives nothing the second time."
+                )
+
+    @property
+    def test_samples(self) -> int:
+        """Number of samples that are tested on."""
+        return sum(_size(batch) for batch in self.test)
+
+    @property
+    def calibration_samples(self) -> int:
+        """Number of samples to calibrate with."""
+        return sum(_size(batch) for batch in self.calibration)
+
+    def fingerprint(self) -> str:
+        """A hash of all test and calibration batches, in order."""
+        return fingerprint([*self.test, "calibration", *self.calibration])
+
+    def limited(self, test: int | None = None, calibration: int | None = None) -> "Data":
+        """The same data with at most so many samples, taken from the start."""
+        return Data(
+            self.name, _first(self.test, test), _first(self.calibration, calibration), self.classes
+        )
+
+
+def as_data(data: Any, calibration: Iterable[Batch] | None = None) -> Data:
+    """Whatever the user has as :class:`Data`.
+
+    Args:
+        data: a :class:`Data`; a pair of tensors (inputs, labels); or an iterable of labelled
+            batches, such as a DataLoader. Without ``calibration`` the first quarter of the samples
+            or batches is used to calibrate, and only the rest to test.
+        calibration: batches to calibrate with.
+    """
+    if isinstance(data, Data):
+        return data
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
+        data = list(zip(data[0].split(256), data[1].split(256), strict=True))
+        if calibration is None and len(data) < 4:
+            x, y = (torch.cat(list(part)) for part in zip(*data, strict=True))
+            size = max(1, len(x) // 8)
+            data = list(zip(x.split(size), y.split(size), strict=True))
+    batches = list(data)
+    if calibration is None:
+        cut = len(batches) // 4
+        return Data("data", batches[cut:], batches[:cut])
+    return Data("data", batches, list(calibration))
+
+
+def fingerprint(value: Any) -> str:
+    """A hash of tensors, numbers and strings in any nesting; equal content, equal hash."""
+    hasher = hashlib.blake2b(digest_size=16)
+    _update(hasher, value)
+    return hasher.hexdigest()
+
+
+def _update(hasher: Any, value: Any) -> None:
+    leaves, spec = torch.utils._pytree.tree_flatten(value)
+    hasher.update(str(spec).encode())
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            flat = leaf.detach().cpu().contiguous()
+            hasher.update(f"{flat.dtype}{tuple(flat.shape)}".encode())
+            hasher.update(flat.flatten().view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        else:
+            hasher.update(repr(leaf).encode())
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    leaves, _ = torch.utils._pytree.tree_flatten(batch)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
+
+
+def _size(batch: Batch) -> int:
+    tensors = _tensors(batch)
+    return tensors[0].shape[0] if tensors else 0
+
+
+def _first(batches: Sequence[Batch], samples: int | None) -> Sequence[Batch]:
+    if samples is None:
+        return batches
+    taken, left = [], samples
+    for batch in batches:
+        if left <= 0:
+            break
+        taken.append(
+            torch.utils._pytree.tree_map(
+                lambda t, n=left: t[:n] if isinstance(t, Tensor) and t.dim() else t, batch
+            )
+        )
+        left -= _size(batch)
+    return taken

@@ -1,0 +1,157 @@
+"""save and load: safetensors with a versioned JSON description, never a pickle."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from evenkeel import analog, models
+from evenkeel.analog.device import Device, DeviceModel
+from evenkeel.calibrate import Calibration
+from evenkeel.errors import ConfigError
+from evenkeel.files import write_atomically
+
+FORMAT = 1
+_HEADER = "evenkeel"
+_DEVICE_MODELS: dict[str, type[DeviceModel]] = {
+    kind.__name__: kind
+    for kind in (analog.PCM, analog.Gaussian, analog.LogNormal, analog.Gain, analog.StuckAt)
+}
+
+
+def save(item: nn.Module | Calibration, path: str | Path, **about: Any) -> None:
+    """Write a network, a chip or a calibration as safetensors with a description in JSON.
+
+    Args:
+        item: a :class:`evenkeel.analog.Chip` (bit for bit: conductances, age, faults), a
+            calibration's statistics, or any network's tensors.
+        path: written whole or not at all.
+        about: facts to keep with it, ready for JSON; :func:`describe` reads them.
+
+    Examples:
+        >>> import tempfile, torch, evenkeel as ek
+        >>> net = torch.nn.Linear(4, 2)
+        >>> chip = ek.analog.program(net, ek.analog.PCM(), seed=3).age_(3600)
+        >>> path = tempfile.mkdtemp() + "/chip.safetensors"
+        >>> ek.save(chip, path)
+        >>> ek.load(path, model=net).age_s
+        3600.0
+    """
+    description: dict[str, Any] = {"format": FORMAT, "about": about}
+    if isinstance(item, analog.Chip):
+        description |= {
+            "type": "Chip",
+            "device": item.device.to_dict(),
+            "seed": item.seed,
+            "layers": [layer for layer, _ in item.arrays()],
+            "model": models.config_of(item.model),
+        }
+    elif isinstance(item, Calibration):
+        description |= {"type": "Calibration", "certificate": item.to_dict()}
+    else:
+        description |= {"type": "Network", "model": models.config_of(item)}
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in item.state_dict().items()}
+    write_atomically(path, to_bytes(tensors, {_HEADER: json.dumps(description)}))
+
+
+def load(
+    path: str | Path, *, model: nn.Module | None = None, device: Device | None = None
+) -> Any:
+    """Read what :func:`save` wrote.
+
+    Args:
+        path: the file.
+        model: the network that the tensors belong to, if it is not one of evenkeel's own; it is
+            changed in place for a network or a calibration, and copied for a chip.
+        device: the chip's device, if it is made of effects of the user's own.
+
+    Returns:
+        The network, or the chip.
+
+    Raises:
+        ConfigError: the file is missing, damaged, a pickle (which is never opened), or does not fit.
+    """
+    tensors, description = read(path)
+    kind = description.get("type", "Network")
+    config = description.get("model")
+    if model is None and config is None:
+        raise ConfigError(
+            f"{path} holds the tensors of a {kind.lower()} but not the code of its network. Pass it: "
+            f"load(path, model=...)."
+        )
+    network = model if model is not None else models.build(config["name"], **config["options"]).eval()
+    if kind == "Chip":
+        device = device or _device_from(description["device"])
+        network = analog.program(network, device, seed=description["seed"], layers=description["layers"])
+    load_tensors(network, tensors, path, strict=kind != "Calibration")
+    return network
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """The description alone: type, device, seed, certificate, and what was given as ``about``."""
+    return read(path)[1]
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and description of a safetensors file; anyone's file has an empty description."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"No file {path}. Give a safetensors file that holds the weights.")
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        raise ConfigError(
+            f"{path} is a pickle, as torch.save writes it; it can hold code and is not opened. Write the "
+            f"weights as safetensors: safetensors.torch.save_file(model.state_dict(), path)."
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        description = json.loads(metadata.get(_HEADER, "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged or no safetensors file: {error}.") from error
+    if description.get("format", 0) > FORMAT:
+        raise ConfigError(f"{path} was written by a newer evenkeel; update evenkeel to read it.")
+    return tensors, description
+
+
+def load_tensors(
+    model: nn.Module, tensors: dict[str, Tensor], path: str | Path, *, strict: bool = True
+) -> None:
+    """Load tensors into a network, or say which do not fit; the network is then left as it was."""
+    own = model.state_dict()
+    wrong = [f"'{k}' is missing" for k in own if strict and k not in tensors]
+    wrong += [f"'{k}' is not in the network" for k in tensors if k not in own]
+    wrong += [
+        f"'{k}' is {tuple(v.shape)} in the file and {tuple(own[k].shape)} in the network"
+        for k, v in tensors.items()
+        if k in own and own[k].shape != v.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ConfigError(
+            f"The weights in {path} do not fit {type(model).__name__}: {'; '.join(wrong[:3])}{more}. Check "
+            f"that the file belongs to this architecture and its options."
+        )
+    with torch.no_grad():
+        model.load_state_dict(tensors, strict=False)
+
+
+def _device_from(config: dict[str, Any]) -> Device:
+    effects = []
+    for fields in config["models"]:
+        kind = fields["type"]
+        if kind not in _DEVICE_MODELS:
+            raise ConfigError(
+                f"The chip's device has the effect {kind!r}, which is not evenkeel's own. Pass it: "
+                f"load(path, device=Device({kind.split(':')[-1]}(...)))."
+            )
+        effects.append(
+            _DEVICE_MODELS[kind](**{k: v for k, v in fields.items() if k not in ("type", "version")})
+        )
+    return Device(*effects, scale_per=config["scale_per"], g_max=config["g_max"])

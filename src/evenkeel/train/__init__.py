@@ -1,0 +1,3 @@
+"""Training the reference networks."""
+
+from evenkeel.train.loop import fit as fit
