@@ -27,7 +27,7 @@ from evenkeel.models import config_of
 from evenkeel.protocols import Device, Remedy, Task
 
 AGES = (0, "1h", "1d", "1mo", "1y")
-REMEDIES = ("none", "drift", "drift+pooled", "calibrate", "drift+calibrate")
+REMEDIES = ("none", "drift", "pooled", "calibrate", "drift+calibrate")
 MAX_CHIPS = 512
 """Where adding chips for ``until`` ends."""
 

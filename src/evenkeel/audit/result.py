@@ -68,6 +68,7 @@ class Audit:
             metric=self.metric,
             digital=self.digital,
             digital_interval=self.digital_interval,
+            test_samples=self._work.data.test_samples,
             floor=self.floor,
         )
 
@@ -116,33 +117,32 @@ class Audit:
         return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
     def rich_table(self) -> Any:
-        """All cells as a rich table."""
+        """All cells as a rich table, narrow enough for 80 columns; the rest is in the report."""
+        from rich import box
         from rich.table import Table
 
-        table = Table(title=f"{self.network}: {self.metric} in %, digital {self.digital:.1f}")
-        for title in ("device", "age", "remedy"):
-            table.add_column(title)
-        for title in ("mean", "worst chip", "gain", "recovered", "harmed"):
-            table.add_column(title, justify="right")
+        table = Table(
+            title=f"{self.network}: {self.metric} in %; digital {self.digital:.1f}", box=box.SIMPLE_HEAD
+        )
+        table.add_column("on")
+        table.add_column("remedy")
+        for title in ("mean", "worst chip", "gain"):
+            table.add_column(title, justify="right", no_wrap=True)
         if self.floor is not None:
-            table.add_column(f"yield ≥ {self.floor:g}", justify="right")
+            table.add_column(f"≥ {self.floor:g}", justify="right", no_wrap=True)
         above = None
         for cell in self.cells:
-            here = (cell.device, cell.age_s)
-            new = here != above
-            above = here
+            here = f"{cell.device} {age_label(cell.age_s) if cell.age_s else ''}"
             row = [
-                cell.device if new else "",
-                age_label(cell.age_s) if new else "",
+                "" if here == above else here,
                 cell.remedy,
-                points(cell),
+                points(cell).removesuffix(" %"),
                 f"{cell.worst:.1f} (#{cell.worst_chip})",
                 "" if cell.gain is None else _signed(cell),
-                "" if cell.recovered is None else f"{100 * cell.recovered:.0f} %",
-                "" if cell.harmed is None else f"{100 * cell.harmed:.0f} %",
             ]
-            if self.floor is not None:
-                row.append(f"{100 * (cell.yielded or 0):.0f} %")
+            above = here
+            if cell.yielded is not None:
+                row.append(f"{100 * cell.yielded:.0f} %")
             table.add_row(*row, end_section=cell is self._last_of(cell))
         return table
 

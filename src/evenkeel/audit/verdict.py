@@ -48,7 +48,7 @@ def judge(rows: Sequence[Row], cells: Sequence[Sequence[Cell]], device: str) -> 
     lifetime = [min(cell.mean for cell in of_row) for of_row in cells]
     best = max(range(len(rows)), key=lambda r: (lifetime[r], -rows[r].effort))
     close = [r for r in range(len(rows)) if lifetime[r] >= lifetime[best] - WITHIN]
-    chosen = min(close, key=lambda r: (rows[r].effort, -lifetime[r]))
+    chosen = min(close, key=lambda r: (rows[r].effort, len(rows[r].parts), -lifetime[r]))
     return Verdict(device, cells[0], cells[chosen], cells[best], chosen)
 
 
@@ -65,6 +65,7 @@ def sentences(
     metric: str,
     digital: float,
     digital_interval: tuple[float, float] | None,
+    test_samples: int,
     floor: float | None,
 ) -> list[str]:
     """The verdict in words, the most important first."""
@@ -74,7 +75,8 @@ def sentences(
     test = (
         ""
         if digital_interval is None
-        else f" ({digital_interval[0]:.1f} to {digital_interval[1]:.1f} % for so many test samples)"
+        else f" (95 % interval {digital_interval[0]:.1f} to {digital_interval[1]:.1f} % with {test_samples} "
+        f"test samples)"
     )
     when = f" {_when(worst.age_s)}" if len(verdict.raw) > 1 else ""
     said = [

@@ -66,7 +66,7 @@ def collect(
 
     def measure(path: str) -> Callable[[Any, tuple[Any, ...]], None]:
         def hook(module: Any, args: tuple[Any, ...]) -> None:
-            moments = BatchMoments.of(_checked(args[0], path))
+            moments = _measured(args[0], path)
             collected[path].append(moments)
             if normalize_by == "batch":
                 module.running_mean.copy_(moments.mean)
@@ -88,15 +88,16 @@ def collect(
     return {path: moments for path, moments in collected.items() if moments}
 
 
-def _checked(x: Tensor, path: str) -> Tensor:
+def _measured(x: Tensor, path: str) -> BatchMoments:
     if x.dim() < 2 or x.numel() == 0:
         raise CalibrationError(
             f"calibrate_ needs batches of shape (N, C, *spatial) with N of 1 or more; the input of "
             f"'{path}' has shape {tuple(x.shape)}."
         )
-    if not bool(torch.isfinite(x).all()):
+    moments = BatchMoments.of(x)
+    if not bool(torch.isfinite(moments.var).all()):  # one bad element makes its channel's moments bad
         raise CalibrationError(
             f"calibrate_ needs finite activations; the input of '{path}' holds NaN or infinity. "
             f"Check the calibration data and the network's weights."
         )
-    return x
+    return moments

@@ -34,16 +34,18 @@ class BatchMoments:
 
     @classmethod
     def of(cls, x: Tensor) -> "BatchMoments":
-        """Moments of ``x``, read once; taken in float32 or better whatever its dtype.
+        """Moments of ``x``, taken in float32 or better whatever its dtype.
 
-        The two-level form (within each sample, then across them) keeps its digits when the mean is
-        much larger than the deviation, where the difference of raw moments loses them all.
+        Deviations are squared about each sample's own mean, then combined across samples, which
+        keeps the digits that a difference of raw moments loses when the mean is large. (The
+        library's ``var_mean`` does that too, and takes 7 to 17 times as long on a CPU.)
         """
         rows = x.detach().flatten(2) if x.dim() > 2 else x.detach().unsqueeze(2)  # (N, C, P)
         if rows.dtype not in (torch.float32, torch.float64):
             rows = rows.float()
-        var_n, mean_n = torch.var_mean(rows, dim=2, correction=0)  # (N, C) each
-        mean_n, var_n = mean_n.double(), var_n.double()
+        mean_n = rows.mean(2)  # (N, C)
+        var_n = (rows - mean_n.unsqueeze(2)).square_().mean(2).double()  # (N, C)
+        mean_n = mean_n.double()
         mean = mean_n.mean(0)  # (C,)
         deviation_n = var_n + (mean_n - mean).square()  # (N, C): sample n about the batch mean
         var = deviation_n.mean(0)

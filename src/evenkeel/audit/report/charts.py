@@ -14,7 +14,11 @@ INK, GRID = "#010101", "#020202"
 SERIES = [f"#0303{k:02x}" for k in range(8)]
 """Stand-ins, replaced by the page's colours: a chart then follows light, dark and print."""
 
+NEAR = 5.0
+"""Points below the digital network that count as near it."""
+
 Chart = Any
+Domain = tuple[float, float] | None
 
 
 def svg(chart: Chart) -> str:
@@ -23,7 +27,8 @@ def svg(chart: Chart) -> str:
 
     styled = chart.configure(
         background="transparent",
-        font="system-ui, sans-serif",
+        font="sans-serif",  # what widths are reckoned with is what a browser then uses
+        padding=8,
         axis=alt.AxisConfig(
             labelColor=INK, titleColor=INK, gridColor=GRID, domainColor=GRID, tickColor=GRID,
             labelFontSize=12, titleFontSize=12, titleFontWeight="normal",
@@ -42,22 +47,46 @@ def svg(chart: Chart) -> str:
     return text[text.index("<svg") :]
 
 
-def against_age(cells: Sequence[Cell], digital: float, metric: str) -> Chart:
+def zoom(cells: Sequence[Cell], digital: float) -> Domain:
+    """Range of a second chart for the rows near the digital network, where others are far below."""
+    means = [c.mean for c in cells]
+    near = [c.quantiles[0] for c in cells if c.mean > digital - NEAR]
+    if not near or min(means) > digital - 3 * NEAR:
+        return None
+    return max(digital - 1.5 * NEAR, min(near) - 0.5), max(digital, *means) + 0.5
+
+
+def against_age(
+    cells: Sequence[Cell], digital: float, metric: str, domain: Domain = None
+) -> Chart:
     """Mean of each row over the ages, with the band that holds 90 % of the chips."""
     ages = [age_label(a) for a in sorted({c.age_s for c in cells})]
     rows = [_point(c) | {"x": age_label(c.age_s)} for c in cells]
     x = alt.X("x:O", sort=ages, title="age", axis=alt.Axis(labelAngle=0))
-    return _lines(rows, x, digital, metric)
+    return _lines(rows, x, digital, metric, domain)
 
 
-def against_level(cells: Sequence[Cell], digital: float, metric: str) -> Chart:
+def against_level(
+    cells: Sequence[Cell], digital: float, metric: str, domain: Domain = None
+) -> Chart:
     """Mean of each row over the levels of one kind of device."""
     rows = [_point(c) | {"x": c.level} for c in cells]
-    x = alt.X("x:Q", title=f"level of {cells[0].family}", scale=alt.Scale(zero=False, nice=False))
-    return _lines(rows, x, digital, metric)
+    x = alt.X(
+        "x:Q",
+        title=f"level of {cells[0].family}",
+        scale=alt.Scale(zero=False, nice=False, padding=12),
+        axis=alt.Axis(values=sorted({c.level for c in cells if c.level is not None}), grid=False),
+    )
+    return _lines(rows, x, digital, metric, domain)
 
 
-def every_chip(cells: Sequence[Cell], digital: float, metric: str, floor: float | None) -> Chart:
+def every_chip(
+    cells: Sequence[Cell],
+    digital: float,
+    metric: str,
+    floor: float | None,
+    domain: Domain = None,
+) -> Chart:
     """Each chip as a dot, a row of remedies in a line; the worst chip of each is named."""
     names = [c.remedy for c in cells]
     dots = [
@@ -67,19 +96,19 @@ def every_chip(cells: Sequence[Cell], digital: float, metric: str, floor: float 
     ]
     worst = [{"remedy": c.remedy, "value": c.worst, "chip": f"#{c.worst_chip}"} for c in cells]
     y = alt.Y("remedy:N", sort=names, title=None, axis=alt.Axis(grid=True, labelLimit=160))
-    x = alt.X("value:Q", title=f"{metric}, %", scale=alt.Scale(zero=False))
+    x = alt.X("value:Q", title=f"{metric}, %", scale=_scale(domain))
     base = alt.Chart(alt.Data(values=dots)).properties(width=WIDTH - 60, height=34 * len(names))
     layers = [
-        _rule(digital, "x"),
-        base.mark_circle(size=42, opacity=0.55).encode(x=x, y=y, color=_colour("remedy", names, False)),
+        _rule(digital, alt.X("digital:Q", scale=_scale(domain))),
+        base.mark_circle(size=42, opacity=0.55, clip=True).encode(x=x, y=y, color=_colour("remedy", names, False)),
         alt.Chart(alt.Data(values=worst))
-        .mark_text(dy=-9, fontSize=11, color=INK)
+        .mark_text(dy=-9, fontSize=11, color=INK, clip=True)
         .encode(x=x, y=y, text="chip:N"),
     ]
     if floor is not None:
         layers.append(
             alt.Chart(alt.Data(values=[{"value": floor}]))
-            .mark_rule(strokeDash=[2, 2], color=INK)
+            .mark_rule(strokeDash=[2, 2], color=INK, clip=True)
             .encode(x="value:Q")
         )
     return alt.layer(*layers)
@@ -118,24 +147,30 @@ def _point(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _lines(rows: list[dict[str, Any]], x: Any, digital: float, metric: str) -> Chart:
+def _scale(domain: Domain) -> Any:
+    return alt.Scale(zero=False) if domain is None else alt.Scale(domain=list(domain), nice=False)
+
+
+def _lines(
+    rows: list[dict[str, Any]], x: Any, digital: float, metric: str, domain: Domain
+) -> Chart:
     names = list(dict.fromkeys(row["remedy"] for row in rows))
     base = alt.Chart(alt.Data(values=rows)).properties(width=WIDTH, height=HEIGHT)
     colour = _colour("remedy", names, True)
-    y = alt.Y("mean:Q", title=f"{metric}, %", scale=alt.Scale(zero=False))
-    band = base.mark_area(opacity=0.18).encode(x=x, y="low:Q", y2="high:Q", color=colour)
-    line = base.mark_line(point=alt.OverlayMarkDef(size=36), strokeWidth=2).encode(
+    y = alt.Y("mean:Q", title=f"{metric}, %", scale=_scale(domain))
+    band = base.mark_area(opacity=0.18, clip=True).encode(
+        x=x, y=alt.Y("low:Q", scale=_scale(domain)), y2="high:Q", color=colour
+    )
+    line = base.mark_line(point=alt.OverlayMarkDef(size=36), strokeWidth=2, clip=True).encode(
         x=x, y=y, color=colour
     )
-    return alt.layer(_rule(digital, "y"), band, line)
+    return alt.layer(_rule(digital, alt.Y("digital:Q", scale=_scale(domain))), band, line)
 
 
-def _rule(value: float, axis: str) -> Chart:
+def _rule(value: float, channel: Any) -> Chart:
     """A dashed line for the digital network."""
-    data = alt.Data(values=[{"digital": value}])
-    return (
-        alt.Chart(data).mark_rule(strokeDash=[5, 4], color=INK, opacity=0.7).encode(**{axis: "digital:Q"})
-    )
+    base = alt.Chart(alt.Data(values=[{"digital": value}]))
+    return base.mark_rule(strokeDash=[5, 4], color=INK, opacity=0.7).encode(channel)
 
 
 def _colour(field: str, names: list[str], legend: bool) -> Any:

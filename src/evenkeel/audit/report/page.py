@@ -2,6 +2,7 @@
 
 import html
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,24 +91,31 @@ def _charts(audit: "Audit", here: list[Cell], worst: Cell) -> dict[str, Any]:
     def drawn(chart: Any) -> Any:
         return markupsafe.Markup(charts.svg(chart))  # noqa: S704
 
-    aging, levels = [], []
+    def with_zoom(name: str, cells: list[Cell], draw: Callable[..., Any]) -> list[tuple[str, Any]]:
+        found = [(name, drawn(draw(cells, audit.digital, audit.metric)))]
+        if near := charts.zoom(cells, audit.digital):
+            chart = draw(cells, audit.digital, audit.metric, domain=near)
+            found.append((f"{name}, near the digital network", drawn(chart)))
+        return found
+
+    def chips(
+        cells: list[Cell], digital: float, metric: str, domain: charts.Domain = None
+    ) -> Any:
+        return charts.every_chip(cells, digital, metric, audit.floor, domain)
+
+    lines = []
+    for family in dict.fromkeys(c.family for c in audit.cells):
+        cells = [c for c in audit.cells if c.family == family and c.age_s == _last_age(audit, c.device)]
+        if len({c.level for c in cells}) > 1:
+            lines += with_zoom(family, cells, charts.against_level)
     for device in dict.fromkeys(c.device for c in audit.cells):
         cells = [c for c in audit.cells if c.device == device]
         if len({c.age_s for c in cells}) > 1:
-            aging.append((device, drawn(charts.against_age(cells, audit.digital, audit.metric))))
-    for family in dict.fromkeys(c.family for c in audit.cells):
-        cells = [c for c in audit.cells if c.family == family and c.age_s == worst_age(audit, c.device)]
-        if len({c.level for c in cells}) > 1:
-            levels.append((family, drawn(charts.against_level(cells, audit.digital, audit.metric))))
-    return {
-        "aging": aging,
-        "levels": levels,
-        "chips": drawn(charts.every_chip(here, audit.digital, audit.metric, audit.floor)),
-    }
+            lines = with_zoom(device, cells, charts.against_age) + lines
+    return {"lines": lines, "chips": with_zoom("All chips", here, chips)}
 
 
-def worst_age(audit: "Audit", device: str) -> float:
-    """The last age at which a device was visited."""
+def _last_age(audit: "Audit", device: str) -> float:
     return max(c.age_s for c in audit.cells if c.device == device)
 
 
