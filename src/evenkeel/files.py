@@ -13,7 +13,9 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
-        raise StoreError(f"Cannot write {path}: {error.strerror}. Give a folder that can be written.") from error
+        raise StoreError(
+            f"Cannot write {path}: {error.strerror}. Give a folder that can be written."
+        ) from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)

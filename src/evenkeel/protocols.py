@@ -55,10 +55,13 @@ class Device(Protocol):
 class Bench(Protocol):
     """What a remedy may use."""
 
-    batches: Sequence[Any]
-    """Batches to calibrate with, never those that are tested on."""
-    forward: Callable[[nn.Module, Any], Any]
-    """How to run a model on a batch."""
+    @property
+    def batches(self) -> Sequence[Any]:
+        """Batches to calibrate with, never those that are tested on."""
+
+    @property
+    def forward(self) -> Callable[[nn.Module, Any], Any]:
+        """How to run a model on a batch."""
 
     def chips(self, model: nn.Module) -> Iterator[Any]:
         """Chips to fit shared changes to, at all audited ages; never those that are tested on."""

@@ -58,9 +58,7 @@ def save(item: nn.Module | Calibration, path: str | Path, **about: Any) -> None:
     write_atomically(path, to_bytes(tensors, {_HEADER: json.dumps(description)}))
 
 
-def load(
-    path: str | Path, *, model: nn.Module | None = None, device: Device | None = None
-) -> Any:
+def load(path: str | Path, *, model: nn.Module | None = None, device: Device | None = None) -> Any:
     """Read what :func:`save` wrote.
 
     Args:
@@ -73,20 +71,26 @@ def load(
         The network, or the chip.
 
     Raises:
-        ConfigError: the file is missing, damaged, a pickle (which is never opened), or does not fit.
+        ConfigError: the file is missing, damaged, a pickle (which is never opened), or does not
+            fit.
     """
     tensors, description = read(path)
     kind = description.get("type", "Network")
     config = description.get("model")
-    if model is None and config is None:
+    if model is not None:
+        network = model
+    elif config is not None:
+        network = models.build(config["name"], **config["options"]).eval()
+    else:
         raise ConfigError(
-            f"{path} holds the tensors of a {kind.lower()} but not the code of its network. Pass it: "
-            f"load(path, model=...)."
+            f"{path} holds the tensors of a {kind.lower()} but not the code of its network. Pass "
+            f"it: load(path, model=...)."
         )
-    network = model if model is not None else models.build(config["name"], **config["options"]).eval()
     if kind == "Chip":
         device = device or _device_from(description["device"])
-        network = analog.program(network, device, seed=description["seed"], layers=description["layers"])
+        network = analog.program(
+            network, device, seed=description["seed"], layers=description["layers"]
+        )
     load_tensors(network, tensors, path, strict=kind != "Calibration")
     return network
 
@@ -105,8 +109,9 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         start = file.read(4)
     if start[:2] == b"PK" or start[:1] == b"\x80":
         raise ConfigError(
-            f"{path} is a pickle, as torch.save writes it; it can hold code and is not opened. Write the "
-            f"weights as safetensors: safetensors.torch.save_file(model.state_dict(), path)."
+            f"{path} is a pickle, as torch.save writes it; it can hold code and is not opened. "
+            "Write the weights as safetensors: safetensors.torch.save_file(model.state_dict(), "
+            "path)."
         )
     try:
         with safe_open(path, "pt") as file:
@@ -134,9 +139,10 @@ def load_tensors(
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        some = "; ".join(wrong[:3])
         raise ConfigError(
-            f"The weights in {path} do not fit {type(model).__name__}: {'; '.join(wrong[:3])}{more}. Check "
-            f"that the file belongs to this architecture and its options."
+            f"The weights in {path} do not fit {type(model).__name__}: {some}{more}. Check that "
+            f"the file belongs to this architecture and its options."
         )
     with torch.no_grad():
         model.load_state_dict(tensors, strict=False)
@@ -152,6 +158,8 @@ def _device_from(config: dict[str, Any]) -> Device:
                 f"load(path, device=Device({kind.split(':')[-1]}(...)))."
             )
         effects.append(
-            _DEVICE_MODELS[kind](**{k: v for k, v in fields.items() if k not in ("type", "version")})
+            _DEVICE_MODELS[kind](
+                **{k: v for k, v in fields.items() if k not in ("type", "version")}
+            )
         )
     return Device(*effects, scale_per=config["scale_per"], g_max=config["g_max"])

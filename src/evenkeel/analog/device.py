@@ -54,9 +54,7 @@ class DeviceModel:
         """Conductances ``age_s`` seconds after programming, from those right after it."""
         return g
 
-    def read_std(
-        self, g: Tensor, programmed: Tensor, state: State, age_s: float
-    ) -> Tensor | None:
+    def read_std(self, g: Tensor, programmed: Tensor, state: State, age_s: float) -> Tensor | None:
         """Deviation of one read about ``g``, the conductance at this age; None: reads are exact."""
         return None
 
@@ -120,7 +118,7 @@ class Device:
             raise ConfigError(f"Device needs at least one DeviceModel, such as PCM(); got: {got}.")
         if scale_per not in get_args(ScalePer):
             raise ConfigError(f"scale_per must be 'layer' or 'column'; got {scale_per!r}.")
-        ranges = [m.g_max for m in models if getattr(m, "g_max", None)]
+        ranges = [g for m in models if (g := getattr(m, "g_max", None))]
         self.models = models
         self.scale_per = scale_per
         self.g_max = float(g_max if g_max is not None else (ranges or [1.0])[0])
@@ -142,7 +140,9 @@ class Device:
     @property
     def level(self) -> float | None:
         """Strength of the first effect that has one; a chart may be drawn against it."""
-        return next((lv for m in self.models if (lv := getattr(m, "level", None)) is not None), None)
+        return next(
+            (lv for m in self.models if (lv := getattr(m, "level", None)) is not None), None
+        )
 
     @property
     def ages(self) -> bool:
@@ -170,7 +170,11 @@ class Device:
     def convert(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """Target conductances (2, outputs, inputs), and weight per µS (outputs or 1, 1)."""
         w = matrix.detach().float()
-        w_max = w.abs().amax(dim=1, keepdim=True) if self.scale_per == "column" else w.abs().max().view(1, 1)
+        w_max = (
+            w.abs().amax(dim=1, keepdim=True)
+            if self.scale_per == "column"
+            else w.abs().max().view(1, 1)
+        )
         unit = torch.where(w_max > 0, w_max, 1.0) / self.g_max  # an all-zero array stays at zero
         target = w / unit
         return torch.stack([target.clamp_min(0), (-target).clamp_min(0)]), unit

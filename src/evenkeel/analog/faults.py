@@ -34,8 +34,8 @@ class StuckAt(DeviceModel):
     def __post_init__(self) -> None:
         if not (self.low >= 0 and self.high >= 0 and self.low + self.high <= 1):
             raise ConfigError(
-                f"StuckAt low and high are shares of all devices, 0 or more and together at most 1; "
-                f"got low={self.low!r}, high={self.high!r}."
+                f"StuckAt low and high are shares of all devices, 0 or more and together at most "
+                f"1; got low={self.low!r}, high={self.high!r}."
             )
 
     @property

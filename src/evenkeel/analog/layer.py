@@ -35,6 +35,9 @@ class AnalogLayer(nn.Module):
     age: Tensor
     read_key: Tensor
     reads: Tensor
+    _conductance: Tensor | None
+    _read_std: Tensor | None
+    _matrix: Tensor | None
 
     def __init__(
         self, layer: nn.Module, weights: WeightLayer, device: Device, seed: int, path: str
@@ -43,13 +46,13 @@ class AnalogLayer(nn.Module):
         matrix = weights.matrix(layer)
         if not bool(torch.isfinite(matrix).all()):
             raise ConfigError(
-                f"The weights of '{path}' must be finite to be programmed; they hold NaN or infinity. "
-                f"Check the checkpoint this network was loaded from."
+                f"The weights of '{path}' must be finite to be programmed; they hold NaN or "
+                "infinity. Check the checkpoint this network was loaded from."
             )
         target, unit = device.convert(matrix)  # (2, outputs, inputs), (outputs or 1, 1)
         programmed, states = device.write(target, Draws(seed, path))
         self.layer = _without_weight(layer)
-        self.weight_shape = torch.Size(layer.weight.shape)  # type: ignore[union-attr]
+        self.weight_shape: torch.Size = layer.weight.shape  # type: ignore[assignment]
         self.weights = weights
         self.device = device
         self.seed = seed
@@ -68,7 +71,9 @@ class AnalogLayer(nn.Module):
         self.register_buffer("_conductance", None, persistent=False)
         self.register_buffer("_read_std", None, persistent=False)
         self.register_buffer("_matrix", None, persistent=False)
-        self.register_load_state_dict_post_hook(lambda module, _: module._derive())
+        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+            lambda module, _: module._derive()
+        )
         self._derive()
 
     @property
@@ -96,7 +101,8 @@ class AnalogLayer(nn.Module):
 
     def read(self) -> Tensor:
         """The weights (outputs, inputs) as one read finds them; each read has its own noise."""
-        if self._matrix is not None:
+        if self._conductance is None or self._read_std is None:
+            assert self._matrix is not None
             return self._matrix
         noise = keyed_normal(self._conductance, self.read_key, self.reads)
         self.reads += 1
@@ -137,7 +143,7 @@ class AnalogLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AnalogLayer":
         # A chip moved to half precision keeps its physics in float32: only the device may change.
         before = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:

@@ -89,9 +89,7 @@ class PCM(DeviceModel):
             return g
         return g * torch.exp(state["nu"] * -math.log((age_s + self.t0_s) / self.t0_s))
 
-    def read_std(
-        self, g: Tensor, programmed: Tensor, state: State, age_s: float
-    ) -> Tensor | None:
+    def read_std(self, g: Tensor, programmed: Tensor, state: State, age_s: float) -> Tensor | None:
         """1/f noise integrated from one read's duration to the device's age."""
         if not self.reading:
             return None

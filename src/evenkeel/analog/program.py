@@ -30,7 +30,8 @@ def program(
 
     Args:
         model: any network. Linear and Conv1d, 2d, 3d go onto arrays, with every option they have.
-            What holds a weight matrix and stays digital is in :attr:`Chip.digital`, with the reason.
+            What holds a weight matrix and stays digital is in :attr:`Chip.digital`, with the
+            reason.
         device: a :class:`Device`, or one effect such as ``PCM()``.
         seed: which chip; any integer.
         layers: which layers to program: paths or patterns such as ``"layer*"``, or a function of
@@ -44,7 +45,7 @@ def program(
 
     Examples:
         >>> import torch, evenkeel as ek
-        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 9), torch.nn.ReLU(), torch.nn.Linear(9, 4))
         >>> chip = ek.analog.program(net, ek.analog.PCM(), seed=1)
         >>> chip.age_(86_400).digital  # a day old, and nothing had to stay digital
         {}
@@ -60,10 +61,12 @@ def program(
         elif reason := _why_digital(module, known=weights is not None):
             digital[path] = reason
     if not arrays:
-        held = "; ".join(f"'{path}': {why}" for path, why in digital.items()) or "no layer has weights"
+        held = (
+            "; ".join(f"'{path}': {why}" for path, why in digital.items()) or "no layer has weights"
+        )
         raise ConfigError(
-            f"A chip needs at least one layer to program; {type(model).__name__} has none ({held}). "
-            f"Linear and Conv1d/2d/3d can be programmed; make other kinds known with "
+            f"A chip needs at least one layer to program; {type(model).__name__} has none "
+            f"({held}). Linear and Conv1d/2d/3d can be programmed; make other kinds known with "
             f"evenkeel.layers.register_weight_layer."
         )
     return Chip(_copy_with(model, arrays), device, seed, digital)

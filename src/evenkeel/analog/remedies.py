@@ -17,9 +17,9 @@ class DriftCompensation:
 
     per: CompensatePer = "layer"
     advice: ClassVar[str] = (
-        "Right after programming, read each array with one input line on at a time and keep the mean "
-        "absolute output. At any later age read it again, and multiply the array's digital output by "
-        "the first figure over the second. On a simulated chip: "
+        "Right after programming, read each array with one input line on at a time and keep the "
+        "mean absolute output. At any later age read it again, and multiply the array's digital "
+        "output by the first figure over the second. On a simulated chip: "
         "`ek.analog.compensate_drift_(chip)`."
     )
     version: ClassVar[int] = 1
@@ -46,8 +46,8 @@ class ClipWeights:
 
     deviations: float = 2.5
     advice: ClassVar[str] = (
-        "Clip the weights before they are mapped; `mended.safetensors` holds them clipped. By hand: "
-        "`ek.analog.clip_weights_(model)`."
+        "Clip the weights before they are mapped; `mended.safetensors` holds them clipped. By "
+        "hand: `ek.analog.clip_weights_(model)`."
     )
     version: ClassVar[int] = 1
 

@@ -12,7 +12,9 @@ from evenkeel.errors import ConfigError
 
 def _require_level(model: DeviceModel, level: float) -> None:
     if not 0 <= level < math.inf:
-        raise ConfigError(f"{type(model).__name__} level must be finite and not negative; got {level!r}.")
+        raise ConfigError(
+            f"{type(model).__name__} level must be finite and not negative; got {level!r}."
+        )
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ class LogNormal(DeviceModel):
 
     def write(self, g: Tensor, draws: Draws, g_max: float) -> tuple[Tensor, State]:
         """Each device on its own."""
-        return g * (self.level * draws.normal("log-normal", tuple(g.shape), device=g.device)).exp(), {}
+        return g * (
+            self.level * draws.normal("log-normal", tuple(g.shape), device=g.device)
+        ).exp(), {}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from evenkeel.audit.remedy import Row, as_row
 from evenkeel.audit.result import Audit, mean_shifts, summarize_all
 from evenkeel.audit.run import Progress, Workload, evaluate, run
 from evenkeel.audit.store import Store
-from evenkeel.audit.tasks import Classify
 from evenkeel.data import as_data
 from evenkeel.data.dataset import fingerprint
 from evenkeel.errors import ConfigError
@@ -58,7 +57,8 @@ def audit(
 
     Args:
         model: a trained network; it is not changed.
-        data: a :class:`evenkeel.data.Data`, a pair of tensors (inputs, labels), or labelled batches.
+        data: a :class:`evenkeel.data.Data`, a pair of tensors (inputs, labels), or labelled
+            batches.
         task: "classify", "regress", or your own (:class:`evenkeel.protocols.Task`).
         devices: names such as "pcm" or "gaussian:0.05", or objects; the verdict is on the first.
         ages: since programming: seconds, or text such as "1h", "1d", "1mo", "1y". Devices that do
@@ -116,7 +116,9 @@ def audit(
             cells = summarize_all(work, results, counts, digital, floor)
     notes = []
     if until is not None and any(c.half_width > until for c in cells):
-        notes.append(f"Some intervals are wider than ±{until:g} points after {MAX_CHIPS} chips each.")
+        notes.append(
+            f"Some intervals are wider than ±{until:g} points after {MAX_CHIPS} chips each."
+        )
     return Audit(
         network=(config_of(model) or {}).get("name", type(model).__name__),
         digital=digital,
@@ -143,15 +145,15 @@ def _checked_plan(
     for name, value in (("devices", devices), ("ages", ages), ("remedies", remedies)):
         if isinstance(value, str) or not value:
             raise ConfigError(f"{name} must be a list with at least one entry; got {value!r}.")
-    chosen = Classify() if task == "classify" else resolve("tasks", task) if isinstance(task, str) else task
+    chosen: Task = resolve("tasks", task) if isinstance(task, str) else task
     model = getattr(model, "_orig_mod", model)  # a compiled wrapper's own network
     if any(module.training for module in model.modules()):
         model = copy.deepcopy(model).eval()
     for name, value in model.state_dict().items():
         if isinstance(value, torch.Tensor) and not bool(torch.isfinite(value).all()):
             raise ConfigError(
-                f"The network's weights must be finite; '{name}' holds NaN or infinity. Check the file "
-                f"they were loaded from, or the training."
+                f"The network's weights must be finite; '{name}' holds NaN or infinity. Check the "
+                "file they were loaded from, or the training."
             )
     chosen.check(model, data.test, data.classes)
     plan = Plan(
@@ -161,7 +163,11 @@ def _checked_plan(
         task=chosen,
         seed=seed,
         model=fingerprint(
-            [type(model).__qualname__, re.sub(r"0x[0-9a-f]+", "", repr(model)), dict(model.state_dict())]
+            [
+                type(model).__qualname__,
+                re.sub(r"0x[0-9a-f]+", "", repr(model)),
+                dict(model.state_dict()),
+            ]
         ),
         data=data.fingerprint(),
     )
@@ -173,7 +179,7 @@ def _checked_plan(
 
 
 def _first_chip(plan: Plan, model: nn.Module) -> Any:
-    """One chip, so that a network that cannot be programmed fails at once, in the user's process."""
+    """One chip, so that a network that cannot be programmed fails at once, and here."""
     return plan.devices[0].program(model, seed=plan.seed)
 
 
@@ -195,7 +201,9 @@ def _too_wide(
     if until is None:
         return []
     by_cell = dict(zip(plan.cells(), cells, strict=True))
-    places = {cell[:2] for cell, c in by_cell.items() if c.half_width > until and counts[cell] < MAX_CHIPS}
+    places = {
+        cell[:2] for cell, c in by_cell.items() if c.half_width > until and counts[cell] < MAX_CHIPS
+    }
     return [cell for cell in by_cell if cell[:2] in places]
 
 

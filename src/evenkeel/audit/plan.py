@@ -14,7 +14,15 @@ from evenkeel.protocols import Device, Task
 EVALUATION_VERSION = 1
 """Raised when the way a trial is run changes, so that old results are not mistaken for new ones."""
 
-_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0, "mo": 2629746.0, "y": 31556952.0}
+_UNITS = {
+    "s": 1.0,
+    "min": 60.0,
+    "h": 3600.0,
+    "d": 86400.0,
+    "w": 604800.0,
+    "mo": 2629746.0,
+    "y": 31556952.0,
+}
 
 
 def parse_age(text: str | float) -> float:
@@ -30,8 +38,8 @@ def parse_age(text: str | float) -> float:
         match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?\d+)?)\s*([a-z]*)\s*", text.lower())
         if match is None or (match[2] or "s") not in _UNITS:
             raise ConfigError(
-                f"An age is a number and a unit, such as 0, 1h, 1d, 1mo or 1y; got {text!r}. Units: "
-                f"{', '.join(_UNITS)}."
+                f"An age is a number and a unit, such as 0, 1h, 1d, 1mo or 1y; got {text!r}. "
+                f"Units: {', '.join(_UNITS)}."
             )
         seconds = float(match[1]) * _UNITS[match[2] or "s"]
     if not 0 <= seconds < float("inf"):

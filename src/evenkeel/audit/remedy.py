@@ -141,5 +141,5 @@ class FitBench:
 
 
 def fitting_seed(seed: int, k: int) -> int:
-    """Seed of the k-th chip that shared changes are fitted to: -1, -2, ... for an audit's seed 0."""
+    """Seed of the k-th chip that shared changes are fitted to: -1, -2, ... for seed 0."""
     return -(abs(seed) * 1000 + k + 1)

@@ -51,7 +51,10 @@ class Audit:
         return [
             judge(
                 rows,
-                [[c for c in self.cells if c.device == d.name and c.remedy == r.name] for r in rows],
+                [
+                    [c for c in self.cells if c.device == d.name and c.remedy == r.name]
+                    for r in rows
+                ],
                 d.name,
             )
             for d in self._work.plan.devices
@@ -122,7 +125,8 @@ class Audit:
         from rich.table import Table
 
         table = Table(
-            title=f"{self.network}: {self.metric} in %; digital {self.digital:.1f}", box=box.SIMPLE_HEAD
+            title=f"{self.network}: {self.metric} in %; digital {self.digital:.1f}",
+            box=box.SIMPLE_HEAD,
         )
         table.add_column("on")
         table.add_column("remedy")
@@ -189,11 +193,13 @@ class Audit:
         )
         for c in self.cells:
             for chip, value in c.chips.items():
-                array.loc[{"device": c.device, "age_s": c.age_s, "remedy": c.remedy, "chip": chip}] = value
+                array.loc[
+                    {"device": c.device, "age_s": c.age_s, "remedy": c.remedy, "chip": chip}
+                ] = value
         return array
 
     def plot(self) -> Any:
-        """The main chart, as an altair chart: against age where anything ages, else against level."""
+        """The main chart, by altair: against age where anything ages, else against level."""
         from evenkeel.audit.report.charts import against_age, against_level
 
         aging = [c for c in self.cells if c.device == self.cells[0].device]
@@ -284,5 +290,6 @@ def mean_shifts(
 def _mean_by_layer(shifts: list[dict[str, float]]) -> dict[str, float]:
     # A chip wraps its network; the layers go by the names they have in the user's.
     return {
-        path.removeprefix("model."): sum(s[path] for s in shifts) / len(shifts) for path in shifts[0]
+        path.removeprefix("model."): sum(s[path] for s in shifts) / len(shifts)
+        for path in shifts[0]
     }

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from evenkeel.audit.plan import Plan, Trial
-from evenkeel.audit.remedy import FitBench, Row
+from evenkeel.audit.remedy import FitBench
 from evenkeel.audit.store import Store
 from evenkeel.data import Data
 from evenkeel.errors import ConfigError
@@ -121,7 +121,11 @@ def run(
 def num_workers(asked: int | None) -> int:
     """Worker processes: as asked, or one for each core this process may use."""
     if asked is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
     if asked < 0:
         raise ConfigError(f"workers must be 0 (run in this process) or more; got {asked}.")
     return asked

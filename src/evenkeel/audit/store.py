@@ -36,8 +36,8 @@ class Store:
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, SCHEMA_VERSION):
                 raise StoreError(
-                    f"{self.path} was written by a newer evenkeel (schema {version}, this one knows "
-                    f"{SCHEMA_VERSION}). Use that version, or another file."
+                    f"{self.path} was written by a newer evenkeel (schema {version}, this one "
+                    f"knows {SCHEMA_VERSION}). Use that version, or another file."
                 )
             self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             self._db.execute("COMMIT")
@@ -45,7 +45,8 @@ class Store:
             why = (
                 "another audit is writing to it; wait for it, or give another store"
                 if "locked" in str(error)
-                else f"{error}; give a path in a folder that can be written, to a file that is a store or new"
+                else f"{error}; give a path in a folder that can be written, to a file that is a "
+                "store or new"
             )
             raise StoreError(f"Cannot open the store {self.path}: {why}.") from error
 

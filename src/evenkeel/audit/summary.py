@@ -133,7 +133,9 @@ def summarize(
     worst_chip = min(chips, key=lambda seed: (chips[seed], seed))
     gain = gain_interval = recovered = harmed = None
     if reference is not None:
-        differences = [value - reference[seed] for seed, value in chips.items() if seed in reference]
+        differences = [
+            value - reference[seed] for seed, value in chips.items() if seed in reference
+        ]
         gain, gain_interval = fmean(differences), t_interval(differences)
         harmed = fmean(d < 0 for d in differences)
         lost = digital - fmean(reference.values())

@@ -70,7 +70,9 @@ class Classify:
             f"{html.escape(who)}: <b>{named(said)}</b></li>"
             for who, o in outputs.items()
         )
-        return f"{inline_png(batch[0][index])}<figcaption>{named(truth)}<ul>{rows}</ul></figcaption>"
+        return (
+            f"{inline_png(batch[0][index])}<figcaption>{named(truth)}<ul>{rows}</ul></figcaption>"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Type and version."""
@@ -112,7 +114,7 @@ class Regress:
     def value(self, sums: Tensor) -> float:
         """Percent of the variance explained."""
         count, total, squares, errors = sums.tolist()
-        return 100 * (1 - errors / (squares - total * total / count))
+        return float(100 * (1 - errors / (squares - total * total / count)))
 
     def interval(self, sums: Tensor) -> tuple[float, float] | None:
         """Not known from the sums."""

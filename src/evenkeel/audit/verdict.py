@@ -75,8 +75,8 @@ def sentences(
     test = (
         ""
         if digital_interval is None
-        else f" (95 % interval {digital_interval[0]:.1f} to {digital_interval[1]:.1f} % with {test_samples} "
-        f"test samples)"
+        else f" (95 % interval {digital_interval[0]:.1f} to {digital_interval[1]:.1f} % with "
+        f"{test_samples} test samples)"
     )
     when = f" {_when(worst.age_s)}" if len(verdict.raw) > 1 else ""
     said = [

@@ -1,4 +1,4 @@
-"""calibrate_: re-align a network's normalizers with the hardware it runs on, and its certificate."""
+"""calibrate_: re-align normalizers with the hardware they run on, and the certificate of it."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -118,9 +118,9 @@ def calibrate_(
         >>> import torch, evenkeel as ek
         >>> net = torch.nn.Sequential(
         ...     torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
-        >>> images = [torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+        >>> images = torch.randn(256, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         >>> chip = ek.analog.program(net, ek.analog.Gain(0.5), seed=0)
-        >>> ek.calibrate_(chip, images).kept
+        >>> ek.calibrate_(chip, images.split(64)).kept
         True
 
     References:
@@ -131,19 +131,24 @@ def calibrate_(
     if estimator not in ESTIMATORS:
         raise ConfigError(f"Unknown estimator {estimator!r}. {nearest(estimator, ESTIMATORS)}")
     if isinstance(shrinkage, str) and shrinkage != "auto":
-        raise ConfigError(f"shrinkage must be 'auto', a number of samples or None; got {shrinkage!r}.")
+        raise ConfigError(
+            f"shrinkage must be 'auto', a number of samples or None; got {shrinkage!r}."
+        )
     normalizers = normalizers_of(model)
     fit, held = split(batches) if gate else (list(batches), [])
     measured = collect(model, fit, forward=forward)
     old = read(normalizers)
     new = {
-        path: _fitted(old[path], moments, estimator, shrinkage) for path, moments in measured.items()
+        path: _fitted(old[path], moments, estimator, shrinkage)
+        for path, moments in measured.items()
     }
     judged = held or fit
     before = misfits(normalizers, collect(model, judged, normalize_by="running", forward=forward))
     with in_eval(model, normalizers):
         write(normalizers, new)
-        after = misfits(normalizers, collect(model, judged, normalize_by="running", forward=forward))
+        after = misfits(
+            normalizers, collect(model, judged, normalize_by="running", forward=forward)
+        )
     kept, reason = _verdict(before, after, gate=gate, can_judge=bool(held))
     if kept:
         write(normalizers, new)
@@ -162,8 +167,8 @@ def _verdict(
     if now < was:
         return True, f"Kept: mean shift of held-out samples {was:.3f} before, {now:.3f} after."
     return False, (
-        f"Not kept: the mean shift of held-out samples would not shrink ({was:.3f} before, {now:.3f} "
-        f"after). The old statistics fit at least as well; more samples may tell more."
+        f"Not kept: the mean shift of held-out samples would not shrink ({was:.3f} before, "
+        f"{now:.3f} after). The old statistics fit at least as well; more samples may tell more."
     )
 
 

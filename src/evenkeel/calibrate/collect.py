@@ -1,8 +1,8 @@
 """Measuring the activations that reach each normalizer, with the network left in eval mode.
 
-The usual way, torch's ``update_bn``, calls ``model.train()``: dropout wakes up, simulators of analog
-hardware turn their drift compensation off and move their converter ranges, and statistics are
-gathered of a network that will never be deployed. Here nothing changes mode. Each normalizer's
+The usual way, torch's ``update_bn``, calls ``model.train()``: dropout wakes up, simulators of
+analog hardware turn their drift compensation off and move their converter ranges, and statistics
+are gathered of a network that will never be deployed. Here nothing changes mode. Each normalizer's
 input is measured by a hook just before it is normalized; where the network is to run on its own
 batch statistics meanwhile, they are written where the normalizer will read them.
 """
@@ -23,7 +23,7 @@ Collected = dict[str, list[BatchMoments]]
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
-    """Run a batch: a tensor, a mapping of arguments, or a sequence whose first item is the input."""
+    """Run a batch: a tensor, a mapping of arguments, or a tuple whose first item is the input."""
     if isinstance(batch, Tensor):
         return model(batch)
     if isinstance(batch, Mapping):
@@ -82,8 +82,8 @@ def collect(
             forward(model, batch)
     if not any(collected.values()):
         raise CalibrationError(
-            "calibrate_ needs at least one batch that reaches a normalizer; none came. Check that the "
-            "batches are not empty or used up: a generator can be read only once."
+            "calibrate_ needs at least one batch that reaches a normalizer; none came. Check that "
+            "the batches are not empty or used up: a generator can be read only once."
         )
     return {path: moments for path, moments in collected.items() if moments}
 
@@ -95,7 +95,9 @@ def _measured(x: Tensor, path: str) -> BatchMoments:
             f"'{path}' has shape {tuple(x.shape)}."
         )
     moments = BatchMoments.of(x)
-    if not bool(torch.isfinite(moments.var).all()):  # one bad element makes its channel's moments bad
+    if not bool(
+        torch.isfinite(moments.var).all()
+    ):  # one bad element makes its channel's moments bad
         raise CalibrationError(
             f"calibrate_ needs finite activations; the input of '{path}' holds NaN or infinity. "
             f"Check the calibration data and the network's weights."

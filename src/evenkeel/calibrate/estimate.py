@@ -9,7 +9,6 @@ from torch import Tensor
 from evenkeel.calibrate.statistics import Statistics
 from evenkeel.moments import BatchMoments
 
-
 Estimator = Callable[[Statistics, list[BatchMoments]], Statistics]
 
 
@@ -83,9 +82,7 @@ def shrink(
     prior = Statistics(old.mean * (common / 2).exp(), old.var * common.exp())
     mean_error = whole.mean_spread / per / prior.var.clamp_min(TINY)
     shift = (new.mean - prior.mean) / prior.var.clamp_min(TINY).sqrt()
-    return _blend(
-        prior, new, _trust(shift, mean_error), _trust(stretch - common, var_error)
-    )
+    return _blend(prior, new, _trust(shift, mean_error), _trust(stretch - common, var_error))
 
 
 TINY = torch.finfo(torch.float32).tiny

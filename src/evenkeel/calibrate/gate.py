@@ -18,8 +18,8 @@ HELD_OUT = 4
 def misfit(statistics: RunningStatistics, observed: list[BatchMoments]) -> float:
     r"""How far activations are from the statistics that a normalizer holds of them, in deviations.
 
-    $$ \sqrt{2\,\mathrm{mean}_c\,\mathrm{KL}_c}, \qquad
-       2\,\mathrm{KL} = \frac{v}{\sigma^2} + \frac{(m-\mu)^2}{\sigma^2} - 1 - \ln\frac{v}{\sigma^2} $$
+    $$ \sqrt{\mathrm{mean}_c\, 2\,\mathrm{KL}_c}, \qquad
+       2\,\mathrm{KL} = \frac{v + (m-\mu)^2}{\sigma^2} - 1 - \ln\frac{v}{\sigma^2} $$
 
     for observed moments $m, v$ and kept ones $\mu, \sigma^2$ of each channel, both taken as normal
     distributions. A pure shift of the mean by $d$ deviations gives $d$.
@@ -60,5 +60,6 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
 
 def _narrow(batch: Any, start: int, stop: int) -> Any:
     return torch.utils._pytree.tree_map(
-        lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) and leaf.dim() > 0 else leaf, batch
+        lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) and leaf.dim() > 0 else leaf,
+        batch,
     )

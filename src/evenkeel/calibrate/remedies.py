@@ -16,9 +16,10 @@ class Calibrate:
 
     estimator: str = "pooled"
     advice: ClassVar[str] = (
-        "On each chip, at the age it is used at, run some unlabelled inputs and fit the normalizers: "
-        "`ek.calibrate_(chip, batches)`, where `chip` is any PyTorch module that drives the hardware. "
-        "Keep what it returns: `ek.save(calibration, path)`; `calibration.undo()` goes back."
+        "On each chip, at the age it is used at, run some unlabelled inputs and fit the "
+        "normalizers: `ek.calibrate_(chip, batches)`, where `chip` is any PyTorch module that "
+        "drives the hardware. Keep what it returns: `ek.save(calibration, path)`; "
+        "`calibration.undo()` goes back."
     )
     version: ClassVar[int] = 1
     needs_data: ClassVar[bool] = True
@@ -43,8 +44,8 @@ class PoolOverChips:
     """:func:`evenkeel.calibrate.pool_statistics_` over simulated chips of the device."""
 
     advice: ClassVar[str] = (
-        "Deploy the network of `mended.safetensors`: its running statistics are those of an average "
-        "chip of this device, over all the ages audited."
+        "Deploy the network of `mended.safetensors`: its running statistics are those of an "
+        "average chip of this device, over all the ages audited."
     )
     version: ClassVar[int] = 1
     name: ClassVar[str] = "pooled"

@@ -12,7 +12,10 @@ def main() -> None:
     from evenkeel.cli.audit import audit
     from evenkeel.cli.devices import devices
 
-    app = App(name="evenkeel", help="Keeps neural networks accurate when the arithmetic under them is not.")
+    app = App(
+        name="evenkeel",
+        help="Keeps neural networks accurate when the arithmetic under them is not.",
+    )
     app.command(audit)
     app.command(devices)
     try:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import evenkeel as ek
 from evenkeel import data as datasets
+from evenkeel.audit.audit import AGES, REMEDIES
 from evenkeel.cli.network import network_from
 from evenkeel.errors import ConfigError, nearest
 from evenkeel.files import require_writable_folder, write_atomically
@@ -58,7 +59,8 @@ def audit(
         "digits", a folder of images (test/CLASS/*.png and train/CLASS/*.png), or module:function
         that returns evenkeel.data.Data.
     mean
-        Taken off the pixels of a folder of images, which are in 0..1; one number or one per channel.
+        Taken off the pixels of a folder of images, which are in 0..1; one number or one per
+        channel.
     std
         What the pixels are divided by then.
     task
@@ -100,8 +102,8 @@ def audit(
             samples,
             task=task,
             devices=_listed(device) or (DEMO_DEVICES if model is None else ("pcm",)),
-            ages=_listed(age) or ek.audit.__kwdefaults__["ages"],
-            remedies=_listed(remedy) or ek.audit.__kwdefaults__["remedies"],
+            ages=_listed(age) or AGES,
+            remedies=_listed(remedy) or REMEDIES,
             chips=chips,
             until=until,
             floor=floor,
@@ -115,7 +117,9 @@ def audit(
     console.print(result.rich_table())
     for sentence in result.verdict:
         console.print(sentence, highlight=False)
-    console.print(f"Report: {(out / 'report.html').resolve().as_uri()}", highlight=False, soft_wrap=True)
+    console.print(
+        f"Report: {(out / 'report.html').resolve().as_uri()}", highlight=False, soft_wrap=True
+    )
 
 
 def _write(result: ek.Audit, out: Path, json_file: Path | None) -> None:
@@ -132,7 +136,10 @@ def _write(result: ek.Audit, out: Path, json_file: Path | None) -> None:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
         console=console,
     )
 
@@ -143,8 +150,8 @@ def _demo(out: Path, samples: Any, bar: Progress) -> Any:
     if not path.exists():
         if samples.train is None:
             raise ConfigError(
-                f"Without MODEL a network is trained, and '{samples.name}' has nothing to train on. Name a "
-                f"MODEL, or leave --data out."
+                f"Without MODEL a network is trained, and '{samples.name}' has nothing to train "
+                "on. Name a MODEL, or leave --data out."
             )
         job = bar.add_task("training", total=None)
         trained = fit(

@@ -16,7 +16,8 @@ def devices() -> None:
     for entry in sorted(entry_points(group="evenkeel.devices"), key=lambda e: e.name):
         kind = entry.load()
         settings = ", ".join(
-            f.name if not isinstance(f.default, float) else f"{f.name}={f.default:g}" for f in fields(kind)
+            f.name if not isinstance(f.default, float) else f"{f.name}={f.default:g}"
+            for f in fields(kind)
         )
         table.add_row(entry.name, settings, (getdoc(kind) or "").split("\n")[0])
     Console().print(table)

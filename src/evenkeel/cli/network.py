@@ -16,19 +16,22 @@ def network_from(model: str, weights: str | None) -> nn.Module:
         return network
     if weights is None:
         raise ConfigError(
-            f"{model} needs its trained weights: --weights FILE.safetensors, or --weights own where "
-            f"the factory loads them itself."
+            f"{model} needs its trained weights: --weights FILE.safetensors, or --weights own "
+            "where the factory loads them itself."
         )
     if ":" in model:
         made = import_from(model)
         network = made if isinstance(made, nn.Module) else made()
         if not isinstance(network, nn.Module):
-            raise ConfigError(f"{model} must give a torch.nn.Module; it gives {type(network).__name__}.")
+            raise ConfigError(
+                f"{model} must give a torch.nn.Module; it gives {type(network).__name__}."
+            )
     elif model in known():
         network = models.build(model)
     else:
         raise ConfigError(
-            f"Unknown network {model!r}. {nearest(model, known())} Your own is named as module:factory."
+            f"Unknown network {model!r}. {nearest(model, known())} Your own is named as "
+            "module:factory."
         )
     if weights != "own":
         tensors, _ = read(weights)

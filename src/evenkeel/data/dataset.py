@@ -36,8 +36,8 @@ class Data:
             batches = getattr(self, part)
             if sum(_size(batch) for batch in batches) == 0:
                 raise ConfigError(
-                    f"An audit needs {part} samples; '{self.name}' has none. Check the folder or the "
-                    f"loader: a generator that was read before gives nothing the second time."
+                    f"An audit needs {part} samples; '{self.name}' has none. Check the folder or "
+                    "the loader: a generator that was read before gives nothing the second time."
                 )
 
     @property
@@ -99,7 +99,9 @@ def _update(hasher: Any, value: Any) -> None:
         if isinstance(leaf, Tensor):
             flat = leaf.detach().cpu().contiguous()
             hasher.update(f"{flat.dtype}{tuple(flat.shape)}".encode())
-            hasher.update(flat.flatten().view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+            hasher.update(
+                flat.flatten().view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+            )
         else:
             hasher.update(repr(leaf).encode())
 

@@ -36,15 +36,20 @@ def image_folder(
     test, train = _part(root, "test", "val"), _part(root, "calibration", "train")
     classes = sorted(p.name for p in test.iterdir() if p.is_dir())
     paths = [(path, k) for k, name in enumerate(classes) for path in _images(test / name)]
-    wanted = [path for name in sorted(p.name for p in train.iterdir() if p.is_dir()) for path in _images(train / name)]
+    wanted = [
+        path
+        for name in sorted(p.name for p in train.iterdir() if p.is_dir())
+        for path in _images(train / name)
+    ]
     if not paths or not wanted:
         empty = test if not paths else train
-        raise ConfigError(f"No images in {empty}: expected {empty}/CLASS/*.png (or jpg, webp, ...).")
+        raise ConfigError(
+            f"No images in {empty}: expected {empty}/CLASS/*.png (or jpg, webp, ...)."
+        )
     step = max(1, len(wanted) // calibration_samples)
-    normalize = _normalizer(mean, std)
-    x = normalize(_stack([path for path, _ in paths]))
+    x = _normalized(_stack([path for path, _ in paths]), mean, std)
     y = torch.tensor([k for _, k in paths])
-    chosen = normalize(_stack(wanted[::step][:calibration_samples]))
+    chosen = _normalized(_stack(wanted[::step][:calibration_samples]), mean, std)
     order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))
     return Data(
         name=root.name,
@@ -71,7 +76,7 @@ def _images(folder: Path) -> list[Path]:
 def _stack(paths: list[Path]) -> Tensor:
     from PIL import Image
 
-    pixels = []
+    pixels: list[np.ndarray] = []
     for path in paths:
         with Image.open(path) as image:
             grey = image.mode in ("1", "L", "I", "I;16")
@@ -86,6 +91,6 @@ def _stack(paths: list[Path]) -> Tensor:
     return torch.from_numpy(np.stack(pixels))  # (N, C, H, W)
 
 
-def _normalizer(mean: Sequence[float], std: Sequence[float]):  # type: ignore[no-untyped-def]
-    m, s = (torch.tensor(list(v)).view(1, -1, 1, 1) for v in (mean, std))
-    return lambda x: (x - m) / s
+def _normalized(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    m, s = (torch.tensor(list(values)).view(1, -1, 1, 1) for values in (mean, std))
+    return (x - m) / s

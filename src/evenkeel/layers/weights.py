@@ -49,7 +49,8 @@ class ConvWeights:
     def forward(self, layer: nn.Conv2d, x: Tensor, matrix: Tensor) -> Tensor:
         """Same as the layer's own forward, padding modes included."""
         shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
-        return layer._conv_forward(x, matrix.view(shape), layer.bias)
+        y: Tensor = layer._conv_forward(x, matrix.view(shape), layer.bias)
+        return y
 
 
 _KINDS: dict[type[nn.Module], WeightLayer] = {

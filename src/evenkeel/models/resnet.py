@@ -28,7 +28,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs, H, W) -> (N, outputs, H / stride, W / stride)."""
         y = self.norm1(self.conv1(x)).relu()
-        return (self.norm2(self.conv2(y)) + self.shortcut(x)).relu()
+        z: Tensor = self.norm2(self.conv2(y)) + self.shortcut(x)
+        return z.relu()
 
 
 class ResNet(nn.Module):
@@ -68,7 +69,8 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, num_classes)."""
         y = self.blocks(self.stem(x))
-        return self.classifier(torch.mean(y, dim=(2, 3)))
+        scores: Tensor = self.classifier(torch.mean(y, dim=(2, 3)))
+        return scores
 
 
 @architecture("resnet8_digits")

@@ -30,11 +30,22 @@ def svg(chart: Chart) -> str:
         font="sans-serif",  # what widths are reckoned with is what a browser then uses
         padding=8,
         axis=alt.AxisConfig(
-            labelColor=INK, titleColor=INK, gridColor=GRID, domainColor=GRID, tickColor=GRID,
-            labelFontSize=12, titleFontSize=12, titleFontWeight="normal",
+            labelColor=INK,
+            titleColor=INK,
+            gridColor=GRID,
+            domainColor=GRID,
+            tickColor=GRID,
+            labelFontSize=12,
+            titleFontSize=12,
+            titleFontWeight="normal",
         ),
         legend=alt.LegendConfig(
-            labelColor=INK, titleColor=INK, labelFontSize=12, orient="bottom", title=None, columns=2,
+            labelColor=INK,
+            titleColor=INK,
+            labelFontSize=12,
+            orient="bottom",
+            title=None,
+            columns=2,
             labelLimit=300,
         ),
         view=alt.ViewConfig(stroke=None),
@@ -56,9 +67,7 @@ def zoom(cells: Sequence[Cell], digital: float) -> Domain:
     return max(digital - 1.5 * NEAR, min(near) - 0.5), max(digital, *means) + 0.5
 
 
-def against_age(
-    cells: Sequence[Cell], digital: float, metric: str, domain: Domain = None
-) -> Chart:
+def against_age(cells: Sequence[Cell], digital: float, metric: str, domain: Domain = None) -> Chart:
     """Mean of each row over the ages, with the band that holds 90 % of the chips."""
     ages = [age_label(a) for a in sorted({c.age_s for c in cells})]
     rows = [_point(c) | {"x": age_label(c.age_s)} for c in cells]
@@ -100,7 +109,9 @@ def every_chip(
     base = alt.Chart(alt.Data(values=dots)).properties(width=WIDTH - 60, height=34 * len(names))
     layers = [
         _rule(digital, alt.X("digital:Q", scale=_scale(domain))),
-        base.mark_circle(size=42, opacity=0.55, clip=True).encode(x=x, y=y, color=_colour("remedy", names, False)),
+        base.mark_circle(size=42, opacity=0.55, clip=True).encode(
+            x=x, y=y, color=_colour("remedy", names, False)
+        ),
         alt.Chart(alt.Data(values=worst))
         .mark_text(dy=-9, fontSize=11, color=INK, clip=True)
         .encode(x=x, y=y, text="chip:N"),

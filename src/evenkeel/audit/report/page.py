@@ -50,7 +50,7 @@ def _code(text: str) -> str:
     """The two marks that advice uses: `code` and paragraphs."""
     import markupsafe
 
-    return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text)))  # noqa: S704
+    return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text)))
 
 
 def _content(audit: "Audit") -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _charts(audit: "Audit", here: list[Cell], worst: Cell) -> dict[str, Any]:
     from evenkeel.audit.report import charts
 
     def drawn(chart: Any) -> Any:
-        return markupsafe.Markup(charts.svg(chart))  # noqa: S704
+        return markupsafe.Markup(charts.svg(chart))
 
     def with_zoom(name: str, cells: list[Cell], draw: Callable[..., Any]) -> list[tuple[str, Any]]:
         found = [(name, drawn(draw(cells, audit.digital, audit.metric)))]
@@ -98,14 +98,14 @@ def _charts(audit: "Audit", here: list[Cell], worst: Cell) -> dict[str, Any]:
             found.append((f"{name}, near the digital network", drawn(chart)))
         return found
 
-    def chips(
-        cells: list[Cell], digital: float, metric: str, domain: charts.Domain = None
-    ) -> Any:
+    def chips(cells: list[Cell], digital: float, metric: str, domain: charts.Domain = None) -> Any:
         return charts.every_chip(cells, digital, metric, audit.floor, domain)
 
     lines = []
     for family in dict.fromkeys(c.family for c in audit.cells):
-        cells = [c for c in audit.cells if c.family == family and c.age_s == _last_age(audit, c.device)]
+        cells = [
+            c for c in audit.cells if c.family == family and c.age_s == _last_age(audit, c.device)
+        ]
         if len({c.level for c in cells}) > 1:
             lines += with_zoom(family, cells, charts.against_level)
     for device in dict.fromkeys(c.device for c in audit.cells):
@@ -130,7 +130,7 @@ def _shifts(audit: "Audit", worst: Cell) -> dict[str, Any] | None:
         return None
     chosen = min(here, key=lambda s: len(s["remedy"]))
     chart = charts.layer_shifts(chosen["before"], chosen["after"])
-    return {**chosen, "chart": markupsafe.Markup(charts.svg(chart))}  # noqa: S704
+    return {**chosen, "chart": markupsafe.Markup(charts.svg(chart))}
 
 
 @torch.no_grad()
@@ -148,11 +148,13 @@ def _pictures(audit: "Audit", worst: Cell, row: int) -> list[Any]:
         )
     outputs = {name: task.run(network, batch) for name, network in networks.items()}
     wrong = torch.nonzero(
-        torch.tensor([_value(task, outputs["chip as it is"], batch, i) for i in range(len(batch[0]))])
+        torch.tensor(
+            [_value(task, outputs["chip as it is"], batch, i) for i in range(len(batch[0]))]
+        )
         < 100
     ).flatten()
     return [
-        markupsafe.Markup(task.draw(batch, int(i), outputs, work.data.classes))  # noqa: S704
+        markupsafe.Markup(task.draw(batch, int(i), outputs, work.data.classes))
         for i in wrong[:PICTURES]
     ]
 
