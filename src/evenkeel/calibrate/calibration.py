@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from evenkeel.calibrate.collect import Forward, collect, default_forward
 from evenkeel.calibrate.estimate import ESTIMATORS, Shrinkage, shrink
 from evenkeel.calibrate.gate import misfits, split
-from evenkeel.calibrate.statistics import Statistics, in_eval, normalizers_of, read, write
+from evenkeel.calibrate.statistics import (
+    Statistics,
+    in_eval,
+    normalizers_of,
+    read,
+    uncompiled,
+    write,
+)
 from evenkeel.errors import ConfigError, nearest
 from evenkeel.layers import RunningStatistics
 from evenkeel.moments import BatchMoments
@@ -134,6 +141,7 @@ def calibrate_(
         raise ConfigError(
             f"shrinkage must be 'auto', a number of samples or None; got {shrinkage!r}."
         )
+    model = uncompiled(model)
     normalizers = normalizers_of(model)
     fit, held = split(batches) if gate else (list(batches), [])
     measured = collect(model, fit, forward=forward)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evenkeel.calibrate.statistics import in_eval, normalizers_of
+from evenkeel.calibrate.statistics import in_eval, normalizers_of, uncompiled
 from evenkeel.errors import CalibrationError
 from evenkeel.moments import BatchMoments
 
@@ -60,7 +60,7 @@ def collect(
         CalibrationError: no normalizer with running statistics, no batch, or activations that are
             not finite.
     """
-    model = getattr(model, "_orig_mod", model)  # hooks are not seen by a compiled wrapper
+    model = uncompiled(model)
     found = normalizers_of(model)
     collected: Collected = {path: [] for path in found}
 

@@ -18,6 +18,11 @@ class Statistics(NamedTuple):
     var: Tensor
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The network inside torch.compile's wrapper: compiled code does not see hooks set later."""
+    return getattr(model, "_orig_mod", model)
+
+
 def normalizers_of(model: nn.Module) -> dict[str, RunningStatistics]:
     """The network's normalizers with running statistics; an error where there are none."""
     found = dict(running_normalizers(model))

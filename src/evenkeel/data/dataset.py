@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,10 +26,10 @@ class Data:
     """
 
     name: str
-    test: Sequence[Batch]
-    calibration: Sequence[Batch]
+    test: Sequence[Batch] = field(repr=False)
+    calibration: Sequence[Batch] = field(repr=False)
     classes: Sequence[str] = ()
-    train: tuple[Tensor, Tensor] | None = None
+    train: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for part in ("test", "calibration"):

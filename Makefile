@@ -1,0 +1,61 @@
+# make audit   set up, train the default network on real digits, audit it, print where the report is
+# make test    set up and run the tests
+# make check   all that CI checks: lint, types, tests, docs, and the built wheel in a clean place
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+ARGS ?=
+
+.PHONY: audit test check lint types docs wheel test-aihwkit clean
+
+audit: $(VENV)/.ready
+	$(BIN)/evenkeel audit --out audit $(ARGS)
+
+test: $(VENV)/.ready-test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint types test docs wheel
+
+lint: $(VENV)/.ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.ready-test
+	$(BIN)/mypy
+
+docs: $(VENV)/.ready-docs
+	$(BIN)/zensical build --clean --strict
+
+# The wheel as a user gets it: installed from the file, run from another folder.
+wheel: $(VENV)/.ready-test
+	rm -rf dist $(VENV)-wheel
+	$(BIN)/python -m build --wheel --outdir dist . > /dev/null
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[demo]"
+	cd dist && ../$(VENV)-wheel/bin/evenkeel audit --out wheel-audit --device gaussian:0.1 --chips 2 --remedy none,calibrate
+	rm -rf $(VENV)-wheel dist/wheel-audit
+
+# A network converted by IBM's aihwkit, calibrated by evenkeel; in an environment of its own, as
+# aihwkit's wheel must be installed without what it declares to need.
+test-aihwkit: $(VENV)-aihwkit/.ready
+	$(VENV)-aihwkit/bin/python -m pytest tests_aihwkit $(ARGS)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade "pip>=25.1"
+
+$(VENV)/.ready: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) -c constraints.txt -e ".[demo]"
+	touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	$(PIP) -c constraints.txt -e ".[demo,results]" --group test
+	touch $@
+
+$(VENV)/.ready-docs: $(VENV)/.ready-test
+	$(PIP) -c constraints.txt --group docs
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-wheel $(VENV)-aihwkit dist site audit
