@@ -41,6 +41,12 @@ wheel: $(VENV)/.ready-test
 test-aihwkit: $(VENV)-aihwkit/.ready
 	$(VENV)-aihwkit/bin/python -m pytest tests_aihwkit $(ARGS)
 
+$(VENV)-aihwkit/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-aihwkit
+	$(VENV)-aihwkit/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]" pytest pytest-timeout
+	$(VENV)-aihwkit/bin/python -m pip install --quiet --disable-pip-version-check --no-deps aihwkit==1.1.0 tqdm==4.70.1
+	touch $@
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade "pip>=25.1"

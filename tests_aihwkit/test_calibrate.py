@@ -61,6 +61,15 @@ class Outcome:
     stem_alpha: float
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The order of sums, and with it the trained network, depends on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def digits() -> data.Data:
     """Real digits of scikit-learn."""
@@ -84,7 +93,9 @@ def table(request: pytest.FixtureRequest) -> Iterator[list[Outcome]]:
         write = plugin("terminalreporter").write_line
         write(f"\n\n{'accuracy in %':<46}digital    raw  calibrated  update_bn")
         for r in rows:
-            write(f"{r.case!s:<46}{r.digital:7.1f}{r.raw:7.1f}{r.calibrated:12.1f}{r.updated:11.1f}")
+            write(
+                f"{r.case!s:<46}{r.digital:7.1f}{r.raw:7.1f}{r.calibrated:12.1f}{r.updated:11.1f}"
+            )
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
@@ -229,8 +240,8 @@ def test_calibration_recovers_what_drift_has_cost(outcome: Outcome) -> None:
     if not outcome.case.compensated:
         assert lost > 20
     if lost > 20:
-        assert regained > 0.93 * lost
-    assert regained > -1.5  # two in a hundred of 600 images are one deviation and a half
+        assert regained > 0.9 * lost
+    assert regained > -1.5  # three standard errors of 98.5 % on 600 images
 
 
 def test_nothing_but_statistics_changes(outcome: Outcome) -> None:
@@ -261,8 +272,10 @@ def test_update_bn_measures_another_chip(outcome: Outcome) -> None:
         assert outcome.updated == pytest.approx(outcome.calibrated, abs=3)
         return
     assert outcome.stem_alpha > 1.2
-    assert outcome.stem_gain == pytest.approx(outcome.stem_alpha, rel=0.05)
-    assert outcome.updated < outcome.calibrated - 25
+    assert outcome.stem_gain == pytest.approx(outcome.stem_alpha, rel=0.02)
+    assert outcome.updated < outcome.calibrated - 3
+    if outcome.case.fixed_ranges:  # compensation had worked: worse than no calibration at all
+        assert outcome.updated < outcome.raw - 10
 
 
 def test_update_bn_moves_input_ranges_that_were_not_calibrated(

@@ -70,9 +70,10 @@ def import_from(text: str) -> Any:
         ) from error
 
 
-def _value(text: str) -> float | str | bool:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
+def _value(text: str) -> float | str | bool | None:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
     try:
         return float(text)
     except ValueError:

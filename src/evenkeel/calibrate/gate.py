@@ -1,12 +1,10 @@
 """The do-no-harm gate: samples that the fit has not seen decide whether it is kept."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from evenkeel.batches import narrow, size
 from evenkeel.calibrate.collect import Collected
 from evenkeel.layers import RunningStatistics
 from evenkeel.moments import BatchMoments
@@ -45,21 +43,9 @@ def split(batches: Iterable[Any]) -> tuple[list[Any], list[Any]]:
         return [b for i, b in enumerate(every) if i % HELD_OUT != HELD_OUT - 1], held
     fit, held = [], []
     for batch in every:
-        size = next((t.shape[0] for t in _tensors(batch)), 0)
-        cut = size - max(1, size // HELD_OUT) if size > 1 else size
-        fit.append(_narrow(batch, 0, cut))
-        if cut < size:
-            held.append(_narrow(batch, cut, size))
+        samples = size(batch)
+        cut = samples - max(1, samples // HELD_OUT) if samples > 1 else samples
+        fit.append(narrow(batch, 0, cut))
+        if cut < samples:
+            held.append(narrow(batch, cut, samples))
     return fit, held
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    leaves, _ = torch.utils._pytree.tree_flatten(batch)
-    return (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0)
-
-
-def _narrow(batch: Any, start: int, stop: int) -> Any:
-    return torch.utils._pytree.tree_map(
-        lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) and leaf.dim() > 0 else leaf,
-        batch,
-    )

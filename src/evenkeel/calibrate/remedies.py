@@ -1,20 +1,28 @@
 """Calibration on each chip, and statistics pooled over chips, as an audit knows them."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from torch import nn
 
+from evenkeel.batches import first
 from evenkeel.calibrate.calibration import calibrate_
+from evenkeel.calibrate.estimate import Shrinkage
 from evenkeel.calibrate.pool import pool_statistics_
 from evenkeel.protocols import Bench
 
 
 @dataclass(frozen=True)
 class Calibrate:
-    """:func:`evenkeel.calibrate_` on each chip."""
+    """:func:`evenkeel.calibrate_` on each chip, with its options.
 
+    ``samples`` limits how many inputs each chip is shown, to learn how few will do.
+    """
+
+    samples: int | None = None
     estimator: str = "pooled"
+    shrinkage: Shrinkage = "auto"
+    gate: bool = True
     advice: ClassVar[str] = (
         "On each chip, at the age it is used at, run some unlabelled inputs and fit the "
         "normalizers: `ek.calibrate_(chip, batches)`, where `chip` is any PyTorch module that "
@@ -26,12 +34,24 @@ class Calibrate:
 
     @property
     def name(self) -> str:
-        """With the setting, where it is not the default."""
-        return "calibrate" if self.estimator == "pooled" else f"calibrate:{self.estimator}"
+        """With the settings that are not the default."""
+        changed = [
+            f":{f.name}={getattr(self, f.name)}"
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return "calibrate" + "".join(changed).replace(".0", "")
 
     def mend_(self, chip: nn.Module, bench: Bench) -> dict[str, Any]:
         """Fit the chip's statistics; the certificate is the record."""
-        done = calibrate_(chip, bench.batches, estimator=self.estimator, forward=bench.forward)
+        done = calibrate_(
+            chip,
+            bench.batches if self.samples is None else first(bench.batches, int(self.samples)),
+            estimator=self.estimator,
+            shrinkage=self.shrinkage,
+            gate=self.gate,
+            forward=bench.forward,
+        )
         return {"calibration": done.to_dict()}
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def main() -> None:
     app.command(audit)
     app.command(devices)
     try:
-        app(exit_on_error=False, print_error=True)
+        app(sys.argv[1:], exit_on_error=False, print_error=True)
     except CycloptsError:
         sys.exit(2)
     except EvenkeelError as error:

@@ -141,6 +141,7 @@ def _progress(console: Console) -> Progress:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
+        transient=True,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evenkeel.batches import first, size
 from evenkeel.errors import ConfigError
 
 Batch = Any
@@ -34,7 +35,7 @@ class Data:
     def __post_init__(self) -> None:
         for part in ("test", "calibration"):
             batches = getattr(self, part)
-            if sum(_size(batch) for batch in batches) == 0:
+            if sum(size(batch) for batch in batches) == 0:
                 raise ConfigError(
                     f"An audit needs {part} samples; '{self.name}' has none. Check the folder or "
                     "the loader: a generator that was read before gives nothing the second time."
@@ -43,12 +44,12 @@ class Data:
     @property
     def test_samples(self) -> int:
         """Number of samples that are tested on."""
-        return sum(_size(batch) for batch in self.test)
+        return sum(size(batch) for batch in self.test)
 
     @property
     def calibration_samples(self) -> int:
         """Number of samples to calibrate with."""
-        return sum(_size(batch) for batch in self.calibration)
+        return sum(size(batch) for batch in self.calibration)
 
     def fingerprint(self) -> str:
         """A hash of all test and calibration batches, in order."""
@@ -57,7 +58,10 @@ class Data:
     def limited(self, test: int | None = None, calibration: int | None = None) -> "Data":
         """The same data with at most so many samples, taken from the start."""
         return Data(
-            self.name, _first(self.test, test), _first(self.calibration, calibration), self.classes
+            self.name,
+            self.test if test is None else first(self.test, test),
+            self.calibration if calibration is None else first(self.calibration, calibration),
+            self.classes,
         )
 
 
@@ -75,9 +79,9 @@ def as_data(data: Any, calibration: Iterable[Batch] | None = None) -> Data:
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
         data = list(zip(data[0].split(256), data[1].split(256), strict=True))
         if calibration is None and len(data) < 4:
-            x, y = (torch.cat(list(part)) for part in zip(*data, strict=True))
-            size = max(1, len(x) // 8)
-            data = list(zip(x.split(size), y.split(size), strict=True))
+            x, y = (torch.cat(list(parts)) for parts in zip(*data, strict=True))
+            part = max(1, len(x) // 8)
+            data = list(zip(x.split(part), y.split(part), strict=True))
     batches = list(data)
     if calibration is None:
         cut = len(batches) // 4
@@ -104,29 +108,3 @@ def _update(hasher: Any, value: Any) -> None:
             )
         else:
             hasher.update(repr(leaf).encode())
-
-
-def _tensors(batch: Batch) -> list[Tensor]:
-    leaves, _ = torch.utils._pytree.tree_flatten(batch)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
-
-
-def _size(batch: Batch) -> int:
-    tensors = _tensors(batch)
-    return tensors[0].shape[0] if tensors else 0
-
-
-def _first(batches: Sequence[Batch], samples: int | None) -> Sequence[Batch]:
-    if samples is None:
-        return batches
-    taken, left = [], samples
-    for batch in batches:
-        if left <= 0:
-            break
-        taken.append(
-            torch.utils._pytree.tree_map(
-                lambda t, n=left: t[:n] if isinstance(t, Tensor) and t.dim() else t, batch
-            )
-        )
-        left -= _size(batch)
-    return taken

@@ -1,5 +1,6 @@
 """Charts as altair objects; :func:`svg` makes them part of a page, in the page's colours."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -98,12 +99,18 @@ def every_chip(
 ) -> Chart:
     """Each chip as a dot, a row of remedies in a line; the worst chip of each is named."""
     names = [c.remedy for c in cells]
+    low, high = domain or (-math.inf, math.inf)
     dots = [
         {"remedy": c.remedy, "value": value, "chip": f"#{chip}"}
         for c in cells
         for chip, value in c.chips.items()
+        if low <= value <= high
     ]
-    worst = [{"remedy": c.remedy, "value": c.worst, "chip": f"#{c.worst_chip}"} for c in cells]
+    worst = [
+        {"remedy": c.remedy, "value": c.worst, "chip": f"#{c.worst_chip}"}
+        for c in cells
+        if low <= c.worst <= high
+    ]
     y = alt.Y("remedy:N", sort=names, title=None, axis=alt.Axis(grid=True, labelLimit=160))
     x = alt.X("value:Q", title=f"{metric}, %", scale=_scale(domain))
     base = alt.Chart(alt.Data(values=dots)).properties(width=WIDTH - 60, height=34 * len(names))
@@ -159,7 +166,11 @@ def _point(cell: Cell) -> dict[str, Any]:
 
 
 def _scale(domain: Domain) -> Any:
-    return alt.Scale(zero=False) if domain is None else alt.Scale(domain=list(domain), nice=False)
+    return (
+        alt.Scale(zero=False, padding=10)
+        if domain is None
+        else alt.Scale(domain=list(domain), nice=False)
+    )
 
 
 def _lines(

@@ -1,0 +1,36 @@
+"""Batches of any form: tensors in tuples, lists, mappings; the first axis counts samples."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def size(batch: Any) -> int:
+    """Number of samples, by the first tensor that has an axis."""
+    leaves, _ = torch.utils._pytree.tree_flatten(batch)
+    return next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 0)
+
+
+def narrow(batch: Any, start: int, stop: int) -> Any:
+    """The samples from ``start`` to before ``stop``, in the same form."""
+    return torch.utils._pytree.tree_map(
+        lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) and leaf.dim() else leaf, batch
+    )
+
+
+def first(batches: Iterable[Any], samples: int) -> list[Any]:
+    """As many samples from the start, in whole batches but for the last.
+
+    Examples:
+        >>> [len(batch) for batch in first([torch.zeros(4), torch.zeros(4)], 6)]
+        [4, 2]
+    """
+    taken: list[Any] = []
+    for batch in batches:
+        if samples <= 0:
+            break
+        taken.append(narrow(batch, 0, samples))
+        samples -= size(batch)
+    return taken
