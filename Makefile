@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
-.PHONY: audit test check lint types docs wheel test-aihwkit clean
+.PHONY: audit test check lint types docs wheel results test-aihwkit clean
 
 audit: $(VENV)/.ready
 	$(BIN)/evenkeel audit --out audit $(ARGS)
@@ -65,3 +65,15 @@ $(VENV)/.ready-docs: $(VENV)/.ready-test
 
 clean:
 	rm -rf $(VENV) $(VENV)-wheel $(VENV)-aihwkit dist site audit
+
+# The figures of the method cards, again.
+DIGITS := $(BIN)/evenkeel audit --out .cache/results --chips 16
+results: $(VENV)/.ready
+	$(DIGITS) --json results/remedies_digits.json \
+	  --device pcm gaussian:0.05 gaussian:0.1 gaussian:0.15 gaussian:0.2 log_normal:0.2 log_normal:0.4 \
+	           gain:0.7 gain:0.4 stuck_at:0.01:0.01 stuck_at:0.02:0.02 \
+	  --remedy none,drift,drift:column,pooled,clip,clip+calibrate,calibrate,drift+calibrate,calibrate:adabs
+	$(DIGITS) --json results/few_samples_digits.json --age 0,1y \
+	  --device pcm gaussian:0.02 gaussian:0.1 gaussian:0.15 gain:0.7 \
+	  --remedy none,calibrate:samples=8,calibrate:samples=32,calibrate:samples=128,calibrate \
+	  --remedy calibrate:samples=8:shrinkage=none:gate=false,calibrate:samples=32:shrinkage=none:gate=false

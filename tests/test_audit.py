@@ -325,7 +325,7 @@ def test_audit_errors(network, data):
     with pytest.raises(ConfigError, match="has neither"):
         run(network, data, remedies=["none", object()])
     network.classifier.weight.data[3, 3] = torch.nan
-    with pytest.raises(ConfigError, match="'classifier.weight' holds NaN"):
+    with pytest.raises(ConfigError, match=r"'classifier\.weight' holds NaN"):
         run(network, data)
 
 

@@ -118,7 +118,7 @@ BAD = {
     "no data": ((*NET, "--data", "mine:nothing"), "needs test samples"),
     "no such data": ((*NET, "--data", "digit"), "Did you mean 'digits'"),
     "empty folder": ((*NET, "--data", "."), "test/CLASS"),
-    "no analog layer": (("mine:without_layers", "--weights", "own"), "at least one layer to program"),
+    "no analog layer": (("mine:without_layers", "--weights", "own"), "at least one layer to"),
     "unknown device": ((*NET, "--device", "pmc"), "Did you mean 'pcm'"),
     "unknown remedy": ((*NET, "--remedy", "calibrat"), "Did you mean 'calibrate'"),
     "bad age": ((*NET, "--age", "soon"), "An age is"),

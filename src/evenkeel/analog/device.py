@@ -101,6 +101,7 @@ class Device:
         g_max: largest conductance in µS; default: that of the first effect that has one, else 1.
 
     Examples:
+        >>> from evenkeel.analog import PCM, StuckAt
         >>> Device(PCM(), StuckAt(low=0.01)).name
         'PCM + StuckAt(0.01)'
     """

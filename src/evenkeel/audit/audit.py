@@ -3,6 +3,7 @@
 import copy
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
@@ -26,7 +27,7 @@ from evenkeel.models import config_of
 from evenkeel.protocols import Device, Remedy, Task
 
 AGES = (0, "1h", "1d", "1mo", "1y")
-REMEDIES = ("none", "drift", "pooled", "calibrate", "drift+calibrate")
+REMEDIES = ("none", "drift", "pooled", "calibrate", "drift+calibrate", "clip+calibrate")
 MAX_CHIPS = 512
 """Where adding chips for ``until`` ends."""
 
@@ -207,6 +208,16 @@ def _too_wide(
     return [cell for cell in by_cell if cell[:2] in places]
 
 
+def _commit() -> str | None:
+    """The commit that runs, where evenkeel runs from a checkout of its own."""
+    here = Path(__file__).resolve()
+    if not (here.parents[3] / ".git").exists():
+        return None
+    asked = ["git", "-C", str(here.parents[3]), "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
 def _provenance(
     work: Workload,
     counts: dict[tuple[int, float, int], int],
@@ -218,6 +229,7 @@ def _provenance(
     return {
         "command": command,
         "evenkeel": version("evenkeel"),
+        "commit": _commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",

@@ -128,8 +128,8 @@ class Audit:
             title=f"{self.network}: {self.metric} in %; digital {self.digital:.1f}",
             box=box.SIMPLE_HEAD,
         )
-        table.add_column("on")
-        table.add_column("remedy")
+        table.add_column("on", overflow="fold")
+        table.add_column("remedy", overflow="fold")
         for title in ("mean", "worst chip", "gain"):
             table.add_column(title, justify="right", no_wrap=True)
         if self.floor is not None:

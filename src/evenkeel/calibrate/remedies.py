@@ -7,8 +7,9 @@ from torch import nn
 
 from evenkeel.batches import first
 from evenkeel.calibrate.calibration import calibrate_
-from evenkeel.calibrate.estimate import Shrinkage
+from evenkeel.calibrate.estimate import ESTIMATORS, Shrinkage
 from evenkeel.calibrate.pool import pool_statistics_
+from evenkeel.errors import ConfigError, nearest
 from evenkeel.protocols import Bench
 
 
@@ -19,8 +20,8 @@ class Calibrate:
     ``samples`` limits how many inputs each chip is shown, to learn how few will do.
     """
 
-    samples: int | None = None
     estimator: str = "pooled"
+    samples: int | None = None
     shrinkage: Shrinkage = "auto"
     gate: bool = True
     advice: ClassVar[str] = (
@@ -32,15 +33,23 @@ class Calibrate:
     version: ClassVar[int] = 1
     needs_data: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if self.estimator not in ESTIMATORS:
+            raise ConfigError(
+                f"Unknown estimator {self.estimator!r}. {nearest(self.estimator, ESTIMATORS)}"
+            )
+        if self.samples is not None and self.samples < 1:
+            raise ConfigError(f"calibrate needs samples of 1 or more; got {self.samples}.")
+
     @property
     def name(self) -> str:
         """With the settings that are not the default."""
         changed = [
-            f":{f.name}={getattr(self, f.name)}"
+            ("" if f.name == "estimator" else f"{f.name}=") + str(getattr(self, f.name))
             for f in fields(self)
             if getattr(self, f.name) != f.default
         ]
-        return "calibrate" + "".join(changed).replace(".0", "")
+        return ":".join(["calibrate", *changed]).replace(".0", "")
 
     def mend_(self, chip: nn.Module, bench: Bench) -> dict[str, Any]:
         """Fit the chip's statistics; the certificate is the record."""

@@ -21,7 +21,7 @@ from evenkeel.saving import load, save
 from evenkeel.train import fit
 
 DEMO = "resnet8_digits"
-DEMO_DEVICES = ("pcm", "gaussian:0.05", "gaussian:0.1", "gaussian:0.15", "gaussian:0.2")
+DEMO_DEVICES = ("pcm", "gaussian:0.1", "gaussian:0.15", "gaussian:0.2")
 
 
 def audit(

@@ -11,9 +11,12 @@ from evenkeel.audit.plan import age_label
 from evenkeel.audit.summary import Cell
 
 WIDTH, HEIGHT = 440, 250
-INK, GRID = "#010101", "#020202"
-SERIES = [f"#0303{k:02x}" for k in range(8)]
-"""Stand-ins, replaced by the page's colours: a chart then follows light, dark and print."""
+INK, GRID = "#1c2430", "#d5dbe3"
+SERIES = (
+    "#7a8594", "#c25700", "#0b7a5c", "#0b5fae", "#9a2b8a", "#8a6d00", "#b3203a", "#3d7d9c",
+)  # fmt: skip
+PAGE_COLOURS = {"ink": INK, "grid": GRID} | {f"series-{k}": c for k, c in enumerate(SERIES)}
+"""By the names that a page has for them; there they change with light, dark and print."""
 
 NEAR = 5.0
 """Points below the digital network that count as near it."""
@@ -52,9 +55,8 @@ def svg(chart: Chart) -> str:
         view=alt.ViewConfig(stroke=None),
     )
     text = vl_convert.vegalite_to_svg(styled.to_json())
-    text = text.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
-    for k, colour in enumerate(SERIES):
-        text = text.replace(colour, f"var(--series-{k})")
+    for name, colour in PAGE_COLOURS.items():
+        text = text.replace(colour, f"var(--{name})")
     text = re.sub(r'(<svg[^>]*?) width="[\d.]+" height="[\d.]+"', r"\1", text, count=1)
     return text[text.index("<svg") :]
 

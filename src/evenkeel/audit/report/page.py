@@ -54,11 +54,14 @@ def _code(text: str) -> str:
 
 
 def _content(audit: "Audit") -> dict[str, Any]:
+    from evenkeel.audit.report.charts import PAGE_COLOURS
+
     headline = audit.verdicts[0]
     worst = min(headline.recommended, key=lambda cell: cell.mean)
     here = [c for c in audit.cells if c.device == worst.device and c.age_s == worst.age_s]
     return {
         "audit": audit,
+        "colours": PAGE_COLOURS,
         "facts": audit.to_dict(),
         "verdict": audit.verdict,
         "worst": worst,
