@@ -77,3 +77,4 @@ results: $(VENV)/.ready
 	  --device pcm gaussian:0.02 gaussian:0.1 gaussian:0.15 gain:0.7 \
 	  --remedy none,calibrate:samples=8,calibrate:samples=32,calibrate:samples=128,calibrate \
 	  --remedy calibrate:samples=8:shrinkage=none:gate=false,calibrate:samples=32:shrinkage=none:gate=false
+	$(BIN)/python docs/figure.py .cache/results/resnet8_digits.safetensors .cache/results/audit.db

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -155,11 +156,18 @@ def _demo(out: Path, samples: Any, bar: Progress) -> Any:
                 "on. Name a MODEL, or leave --data out."
             )
         job = bar.add_task("training", total=None)
-        trained = fit(
-            lambda: build(DEMO),
-            *samples.train,
-            on_step=lambda done, total: bar.update(job, completed=done, total=total),
-        )
+        threads = torch.get_num_threads()
+        torch.set_num_threads(
+            1
+        )  # batches this small gain nothing by more, and lose on a busy machine
+        try:
+            trained = fit(
+                lambda: build(DEMO),
+                *samples.train,
+                on_step=lambda done, total: bar.update(job, completed=done, total=total),
+            )
+        finally:
+            torch.set_num_threads(threads)
         save(trained, path)
     return load(path)
 
