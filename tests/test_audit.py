@@ -345,3 +345,34 @@ def test_a_store_keeps_each_trial_once(tmp_path):
         with pytest.raises(StoreError):
             store.add("k", "{}", {"value": 2.0})
         assert store.results(["k", "other"]) == {"k": {"value": 1.0}}
+
+
+def test_default_remedies_leave_out_what_a_network_has_no_use_for(data):
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    result = run(plain, data, chips=1)
+    assert [c.remedy for c in result.cells] == ["none", "drift"]
+    assert "calibrate" in result.notes[0]
+    with pytest.raises(ConfigError, match="'calibrate' cannot be used"):
+        run(plain, data, remedies=["none", "calibrate"])
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1))
+
+
+def test_an_edited_forward_is_another_network(data, monkeypatch):
+    model = Scaled()
+
+    def fingerprint():
+        result = run(model, data, remedies=["none"], chips=1)
+        return result.provenance["model_fingerprint"]
+
+    first = fingerprint()
+    assert fingerprint() == first
+    monkeypatch.setattr("inspect.getsource", lambda kind: "def forward(self, x): ...")
+    assert fingerprint() != first

@@ -7,7 +7,7 @@ from torch import nn
 import evenkeel as ek
 from evenkeel.calibrate import ESTIMATORS, Statistics, collect, pool_statistics_
 from evenkeel.calibrate.estimate import shrink
-from evenkeel.calibrate.gate import split
+from evenkeel.calibrate.gate import split, verdict
 from evenkeel.errors import CalibrationError, ConfigError
 from evenkeel.moments import BatchMoments
 
@@ -275,6 +275,15 @@ def test_one_sample_cannot_be_judged(network, data):
     done = ek.calibrate_(network, images(data, 1))
     assert not done.kept
     assert "at least 2 samples" in done.reason
+
+
+def test_the_margin_falls_with_the_number_of_held_out_samples():
+    def kept(ratio, held_out):
+        return verdict({"bn": 1.0}, {"bn": ratio}, held_out=held_out)[0]
+
+    assert [kept(0.8, 1), kept(0.8, 2)] == [False, True]
+    assert [kept(0.98, 8), kept(0.98, 32)] == [False, True]
+    assert not kept(1.0, 10_000)
 
 
 def test_split_holds_back_a_fourth_and_loses_none():

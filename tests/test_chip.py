@@ -733,8 +733,12 @@ def test_compensation_is_measured_through_read_noise_by_the_rule_of_the_mean(net
         assert factor > 1.3
 
 
-def test_compensation_leaves_the_read_noise_at_its_start(net, x):
-    chip, other = (compensate_drift_(program(net, PCM(), seed=3).age_(DAY)) for _ in range(2))
+def test_compensation_depends_on_nothing_before_and_rewinds(net, x):
+    chip, other = (program(net, PCM(), seed=3).age_(DAY) for _ in range(2))
+    compensate_drift_(other, "column").rewind_("use")(x)
+    for both in (chip, other):
+        compensate_drift_(both, "layer")
+    assert_same_state(chip, other)
     assert torch.equal(chip(x), other.rewind_()(x))
 
 

@@ -24,6 +24,10 @@ class StoreError(EvenkeelError, OSError):
     """A file of results cannot be read or written."""
 
 
+class WorkerError(EvenkeelError, RuntimeError):
+    """A process that ran trials died."""
+
+
 class MissingExtraError(EvenkeelError, ImportError):
     """An optional part is not installed."""
 

@@ -69,7 +69,10 @@ class Bench(Protocol):
 
 @runtime_checkable
 class SharedRemedy(Protocol):
-    """A remedy that changes the network once, before it is programmed, for every chip."""
+    """A remedy that changes the network once, before it is programmed, for every chip.
+
+    Either kind may have ``why_not(model)``, which says why it is of no use to a network, or None.
+    """
 
     name: str
     advice: str

@@ -30,6 +30,11 @@ def compensate_drift_(chip: Chip, per: CompensatePer = "layer") -> Chip:
     """
     if per not in get_args(CompensatePer):
         raise ConfigError(f"compensate_drift_ needs per='layer' or 'column'; got {per!r}.")
+    if not isinstance(chip, Chip):
+        raise ConfigError(
+            f"compensate_drift_ reads the arrays of an evenkeel.analog.Chip; got "
+            f"{type(chip).__name__}. On other hardware compensate in its own driver."
+        )
     age_s = chip.age_s
     for _, array in chip.arrays():
         array.compensate_(torch.ones_like(array.compensation))

@@ -1,6 +1,8 @@
 """audit: run the plan, keep what is finished, and sum it up."""
 
+import contextlib
 import copy
+import inspect
 import platform
 import re
 import subprocess
@@ -39,7 +41,7 @@ def audit(
     task: str | Task = "classify",
     devices: Sequence[str | Device] = ("pcm",),
     ages: Sequence[str | float] = AGES,
-    remedies: Sequence[str | Remedy | Sequence[Remedy] | Row] = REMEDIES,
+    remedies: Sequence[str | Remedy | Sequence[Remedy] | Row] | None = None,
     chips: int = 16,
     until: float | None = None,
     floor: float | None = None,
@@ -65,7 +67,7 @@ def audit(
         ages: since programming: seconds, or text such as "1h", "1d", "1mo", "1y". Devices that do
             not age are visited once.
         remedies: rows of remedies, such as "drift+calibrate". The first is what the others are
-            compared with.
+            compared with. Default: those of :data:`REMEDIES` that the network has a use for.
         chips: how many chips of each device; chip k has the seed ``seed + k``.
         until: go on adding chips until the 95 % interval of every mean is at most this many points
             to each side.
@@ -94,7 +96,8 @@ def audit(
     """
     started = time.perf_counter()
     data = as_data(data, calibration)
-    plan, model = _checked_plan(model, data, task, devices, ages, remedies, seed)
+    rows, notes = _rows(model, remedies)
+    plan, model = _checked_plan(model, data, task, devices, ages, rows, seed)
     if chips < 1:
         raise ConfigError(f"chips must be 1 or more; got {chips}.")
     if until is not None and not until > 0:
@@ -115,7 +118,6 @@ def audit(
             results |= run(work, plan.trials(more, wide), kept, **options)
             counts |= dict.fromkeys(wide, more.stop)
             cells = summarize_all(work, results, counts, digital, floor)
-    notes = []
     if until is not None and any(c.half_width > until for c in cells):
         notes.append(
             f"Some intervals are wider than ±{until:g} points after {MAX_CHIPS} chips each."
@@ -134,16 +136,32 @@ def audit(
     )
 
 
+def _rows(model: nn.Module, remedies: Sequence[Any] | None) -> tuple[list[Row], list[str]]:
+    """The rows asked for; or of the default ones those that apply, and a note on the others."""
+    if isinstance(remedies, str) or (remedies is not None and not remedies):
+        raise ConfigError(f"remedies must be a list with at least one entry; got {remedies!r}.")
+    rows = [as_row(remedy) for remedy in (REMEDIES if remedies is None else remedies)]
+    reasons = {row.name: reason for row in rows if (reason := row.why_not(model))}
+    if reasons and remedies is not None:
+        name, reason = next(iter(reasons.items()))
+        raise ConfigError(f"The remedy {name!r} cannot be used on this network. {reason}")
+    notes = [
+        f"Left out, as this network has no use for them: {', '.join(reasons)}. {reason}"
+        for reason in list(reasons.values())[:1]
+    ]
+    return [row for row in rows if row.name not in reasons], notes
+
+
 def _checked_plan(
     model: nn.Module,
     data: Any,
     task: str | Task,
     devices: Sequence[str | Device],
     ages: Sequence[str | float],
-    remedies: Sequence[Any],
+    rows: Sequence[Row],
     seed: int,
 ) -> tuple[Plan, nn.Module]:
-    for name, value in (("devices", devices), ("ages", ages), ("remedies", remedies)):
+    for name, value in (("devices", devices), ("ages", ages)):
         if isinstance(value, str) or not value:
             raise ConfigError(f"{name} must be a list with at least one entry; got {value!r}.")
     chosen: Task = resolve("tasks", task) if isinstance(task, str) else task
@@ -160,16 +178,10 @@ def _checked_plan(
     plan = Plan(
         devices=[resolve("devices", d) if isinstance(d, str) else d for d in devices],
         ages_s=sorted({parse_age(age) for age in ages}),
-        rows=[as_row(remedy) for remedy in remedies],
+        rows=rows,
         task=chosen,
         seed=seed,
-        model=fingerprint(
-            [
-                type(model).__qualname__,
-                re.sub(r"0x[0-9a-f]+", "", repr(model)),
-                dict(model.state_dict()),
-            ]
-        ),
+        model=_model_fingerprint(model),
         data=data.fingerprint(),
     )
     for kind, named in (("devices", plan.devices), ("remedies", plan.rows)):
@@ -177,6 +189,21 @@ def _checked_plan(
         if len(set(names)) < len(names):
             raise ConfigError(f"Each of the {kind} must be named once; got {', '.join(names)}.")
     return plan, model
+
+
+def _model_fingerprint(model: nn.Module) -> str:
+    """A hash of weights, structure, and the code of the classes that are not torch's own.
+
+    Without the code, results of a network whose forward was edited since would count as its own.
+    """
+    kinds = {type(module) for module in model.modules()}
+    code = []
+    for kind in sorted(kinds, key=lambda k: (k.__module__, k.__qualname__)):
+        if not kind.__module__.startswith("torch."):
+            with contextlib.suppress(OSError, TypeError):  # typed into a shell, or compiled
+                code.append(inspect.getsource(kind))
+    structure = re.sub(r"0x[0-9a-f]+", "", repr(model))
+    return fingerprint([type(model).__qualname__, structure, code, dict(model.state_dict())])
 
 
 def _first_chip(plan: Plan, model: nn.Module) -> Any:

@@ -67,6 +67,11 @@ class Row:
             return 3 if self.needs_data else 2
         return 1 if self.is_shared else 0
 
+    def why_not(self, model: nn.Module) -> str | None:
+        """Why one of the parts is of no use to a network; a part that has no say is of use."""
+        asked = (getattr(part, "why_not", lambda _: None)(model) for part in self.parts)
+        return next((reason for reason in asked if reason), None)
+
     def prepared(self, model: nn.Module, bench: "FitBench") -> nn.Module:
         """The network with the shared changes; the user's own stays as it is."""
         if not self.is_shared:

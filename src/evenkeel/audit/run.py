@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from evenkeel.audit.plan import Plan, Trial
 from evenkeel.audit.remedy import FitBench
 from evenkeel.audit.store import Store
 from evenkeel.data import Data
-from evenkeel.errors import ConfigError
+from evenkeel.errors import ConfigError, WorkerError
 from evenkeel.protocols import Task
 
 Progress = Callable[[int, int], None]
@@ -161,10 +161,14 @@ def _gather(
             done, _ = wait(futures, return_when=FIRST_COMPLETED)
             for future in done:
                 keep(futures.pop(future), future.result())
-    except BaseException:
+    except BrokenExecutor as error:
+        raise WorkerError(
+            "A worker process died, most often for want of memory. Finished trials are kept; the "
+            "same audit with fewer workers, or workers=0, goes on from there."
+        ) from error
+    finally:
         for future in futures:
             future.cancel()
-        raise
 
 
 def _in_worker(path: str, trial: Trial) -> dict[str, Any]:

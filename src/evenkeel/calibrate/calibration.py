@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evenkeel.batches import size
 from evenkeel.calibrate.collect import Forward, collect, default_forward
 from evenkeel.calibrate.estimate import ESTIMATORS, Shrinkage, shrink
-from evenkeel.calibrate.gate import misfits, split
+from evenkeel.calibrate.gate import misfits, split, verdict
 from evenkeel.calibrate.statistics import (
     Statistics,
     in_eval,
@@ -157,27 +158,14 @@ def calibrate_(
         after = misfits(
             normalizers, collect(model, judged, normalize_by="running", forward=forward)
         )
-    kept, reason = _verdict(before, after, gate=gate, can_judge=bool(held))
+    if gate:
+        kept, reason = verdict(before, after, held_out=sum(size(batch) for batch in held))
+    else:
+        kept, reason = True, "Kept without a gate."
     if kept:
         write(normalizers, new)
     samples = max(sum(m.samples for m in moments) for moments in measured.values())
     return Calibration(kept, reason, before, after, samples, key or {}, normalizers, old, new)
-
-
-def _verdict(
-    before: dict[str, float], after: dict[str, float], *, gate: bool, can_judge: bool
-) -> tuple[bool, str]:
-    was, now = (sum(shifts.values()) / len(shifts) for shifts in (before, after))
-    if not gate:
-        return True, f"Kept without a gate: mean shift {was:.3f} before, {now:.3f} after."
-    if not can_judge:
-        return False, "Not kept: the gate needs at least 2 samples, one to fit and one to judge by."
-    if now < was:
-        return True, f"Kept: mean shift of held-out samples {was:.3f} before, {now:.3f} after."
-    return False, (
-        f"Not kept: the mean shift of held-out samples would not shrink ({was:.3f} before, "
-        f"{now:.3f} after). The old statistics fit at least as well; more samples may tell more."
-    )
 
 
 def _fitted(

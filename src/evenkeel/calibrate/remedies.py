@@ -9,6 +9,7 @@ from evenkeel.batches import first
 from evenkeel.calibrate.calibration import calibrate_
 from evenkeel.calibrate.estimate import ESTIMATORS, Shrinkage
 from evenkeel.calibrate.pool import pool_statistics_
+from evenkeel.calibrate.statistics import missing_normalizers
 from evenkeel.errors import ConfigError, nearest
 from evenkeel.protocols import Bench
 
@@ -51,6 +52,10 @@ class Calibrate:
         ]
         return ":".join(["calibrate", *changed]).replace(".0", "")
 
+    def why_not(self, model: nn.Module) -> str | None:
+        """It needs normalizers with running statistics."""
+        return missing_normalizers(model)
+
     def mend_(self, chip: nn.Module, bench: Bench) -> dict[str, Any]:
         """Fit the chip's statistics; the certificate is the record."""
         done = calibrate_(
@@ -78,6 +83,10 @@ class PoolOverChips:
     )
     version: ClassVar[int] = 1
     name: ClassVar[str] = "pooled"
+
+    def why_not(self, model: nn.Module) -> str | None:
+        """It needs normalizers with running statistics."""
+        return missing_normalizers(model)
 
     def prepare_(self, model: nn.Module, bench: Bench) -> None:
         """Give the network the statistics that hold on average over chips and ages."""

@@ -23,18 +23,24 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+def missing_normalizers(model: nn.Module) -> str | None:
+    """What a network without normalizers that keep running statistics lacks; None for others."""
+    if next(running_normalizers(model), None) is not None:
+        return None
+    kinds = sorted({type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__})
+    return (
+        f"Calibration needs normalizers that keep running statistics (running_mean and "
+        f"running_var); {type(model).__name__} has none"
+        + (f", only {', '.join(kinds)}" if kinds else "")
+        + ". If batch norm was folded into the weights, calibrate before folding."
+    )
+
+
 def normalizers_of(model: nn.Module) -> dict[str, RunningStatistics]:
     """The network's normalizers with running statistics; an error where there are none."""
-    found = dict(running_normalizers(model))
-    if not found:
-        kinds = sorted({type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__})
-        raise CalibrationError(
-            f"Calibration needs normalizers that keep running statistics (running_mean and "
-            f"running_var); {type(model).__name__} has none"
-            + (f", only {', '.join(kinds)}" if kinds else "")
-            + ". If batch norm was folded into the weights, calibrate before folding."
-        )
-    return found
+    if missing := missing_normalizers(model):
+        raise CalibrationError(missing)
+    return dict(running_normalizers(model))
 
 
 def read(normalizers: dict[str, RunningStatistics]) -> dict[str, Statistics]:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import evenkeel as ek
 from evenkeel import data as datasets
-from evenkeel.audit.audit import AGES, REMEDIES
+from evenkeel.audit.audit import AGES
 from evenkeel.cli.network import network_from
 from evenkeel.errors import ConfigError, nearest
 from evenkeel.files import require_writable_folder, write_atomically
@@ -104,7 +104,7 @@ def audit(
             task=task,
             devices=_listed(device) or (DEMO_DEVICES if model is None else ("pcm",)),
             ages=_listed(age) or AGES,
-            remedies=_listed(remedy) or REMEDIES,
+            remedies=_listed(remedy) or None,
             chips=chips,
             until=until,
             floor=floor,
@@ -116,7 +116,7 @@ def audit(
         )
     _write(result, out, json_file)
     console.print(result.rich_table())
-    for sentence in result.verdict:
+    for sentence in [*result.verdict, *result.notes]:
         console.print(sentence, highlight=False)
     console.print(
         f"Report: {(out / 'report.html').resolve().as_uri()}", highlight=False, soft_wrap=True

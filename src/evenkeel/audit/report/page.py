@@ -1,6 +1,7 @@
 """From an audit to a page."""
 
 import html
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 from evenkeel.audit.plan import age_label
 from evenkeel.audit.summary import Cell
 from evenkeel.audit.verdict import EFFORTS, points
+from evenkeel.batches import narrow, size
 from evenkeel.files import write_atomically
+from evenkeel.protocols import Task
 
 if TYPE_CHECKING:
     from evenkeel.audit.result import Audit
@@ -150,21 +153,18 @@ def _pictures(audit: "Audit", worst: Cell, row: int) -> list[Any]:
             0, worst.age_s, r, worst.worst_chip
         )
     outputs = {name: task.run(network, batch) for name, network in networks.items()}
-    wrong = torch.nonzero(
-        torch.tensor(
-            [_value(task, outputs["chip as it is"], batch, i) for i in range(len(batch[0]))]
-        )
-        < 100
-    ).flatten()
+    raw = outputs["chip as it is"]
+    wrong = (i for i in range(size(batch)) if _value(task, raw, batch, i) < 100)
     return [
-        markupsafe.Markup(task.draw(batch, int(i), outputs, work.data.classes))
-        for i in wrong[:PICTURES]
+        markupsafe.Markup(task.draw(batch, i, outputs, work.data.classes))
+        for i in itertools.islice(wrong, PICTURES)
     ]
 
 
-def _value(task: Any, output: Any, batch: Any, index: int) -> float:
-    one = tuple(part[index : index + 1] for part in batch)
+def _value(task: Task, output: Any, batch: Any, index: int) -> float:
+    """The metric of one sample; 0 where it has no meaning for one alone."""
     try:
-        return float(task.value(task.score(output[index : index + 1], one)))
-    except ZeroDivisionError:  # a metric that has no meaning for one sample
+        one = (narrow(part, index, index + 1) for part in (output, batch))
+        return float(task.value(task.score(*one)))
+    except ZeroDivisionError:
         return 0.0
