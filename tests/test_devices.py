@@ -13,49 +13,11 @@ from torch import nn
 from evenkeel.analog import PCM, Device, DeviceModel, Gain, Gaussian, LogNormal, StuckAt, program
 from evenkeel.draws import Draws
 from evenkeel.errors import ConfigError
+from evenkeel.testing import PCM_MOMENTS, assert_device_moments
 
-HOUR, DAY, YEAR = 3600.0, 86_400.0, 365 * 86_400.0
+HOUR, DAY, YEAR = 3600.0, 86_400.0, 31_556_952.0
 AGES = [0.0, 25.0, HOUR, DAY, YEAR]
-
-# Mean and standard deviation in µS of one read of one PCM device with its target at that share of
-# g_max = 25 µS, at the ages above; by pcm_moments below, correct to all digits.
-PCM_CHECK_VALUES = {
-    0.0: [
-        (0.107438, 0.186419),
-        (0.099294, 0.173252),
-        (0.066285, 0.122213),
-        (0.050634, 0.099413),
-        (0.032213, 0.073709),
-    ],
-    0.1: [
-        (2.500000, 0.607768),
-        (2.381383, 0.586756),
-        (1.841448, 0.527275),
-        (1.538439, 0.512487),
-        (1.116374, 0.496298),
-    ],
-    0.25: [
-        (6.250000, 0.885974),
-        (6.006780, 0.861353),
-        (4.853110, 0.784763),
-        (4.166043, 0.761778),
-        (3.147493, 0.734547),
-    ],
-    0.5: [
-        (12.500000, 1.195344),
-        (12.013297, 1.161111),
-        (9.697490, 1.057154),
-        (8.312665, 1.027655),
-        (6.252436, 0.991347),
-    ],
-    1.0: [
-        (25.000000, 1.400314),
-        (24.026594, 1.368128),
-        (19.394980, 1.408921),
-        (16.625330, 1.514422),
-        (12.504873, 1.650334),
-    ],
-}
+SHARES = [0.0, 0.1, 0.25, 0.5, 1.0]
 
 
 def over_normal(f, kinks: list[float], order: int) -> float:
@@ -151,7 +113,7 @@ class PositiveOnly(DeviceModel):
 @pytest.fixture(scope="module")
 def pcm_array():
     """A row of 200,000 devices for each target."""
-    rows = torch.tensor(list(PCM_CHECK_VALUES))[:, None].expand(-1, 200_000).contiguous()
+    rows = torch.tensor(SHARES)[:, None].expand(-1, 200_000).contiguous()
     return matrix_on(Device(PCM(), PositiveOnly()), rows, seed=0)
 
 
@@ -159,7 +121,7 @@ def pcm_array():
 def test_pcm_reads_have_the_moments_of_its_laws(pcm_array, age_s):
     pcm_array.age_(age_s)
     read = pcm_array.read() * 25  # µS: the largest weight is 1
-    for row, x in zip(read, PCM_CHECK_VALUES, strict=True):
+    for row, x in zip(read, SHARES, strict=True):
         mean, std = moments(row)
         expected_mean, expected_std = pcm_moments(x, age_s)
         assert mean == pytest.approx(expected_mean, rel=0.01), x
@@ -167,13 +129,22 @@ def test_pcm_reads_have_the_moments_of_its_laws(pcm_array, age_s):
         assert abs(mean - expected_mean) < 5 * expected_std / math.sqrt(len(row)), x
 
 
-@pytest.mark.parametrize("x", PCM_CHECK_VALUES)
-def test_the_published_check_values_are_those_of_the_laws(x):
-    for age_s, published in zip(AGES, PCM_CHECK_VALUES[x], strict=True):
-        assert pcm_moments(x, age_s) == pytest.approx(published, abs=6e-7)
+def test_the_published_check_values_are_those_of_the_laws():
+    assert len(PCM_MOMENTS) == 20
+    for (x, age_s), published in PCM_MOMENTS.items():
+        expected = tuple(moment / 25 for moment in pcm_moments(x, age_s))
+        assert published == pytest.approx(expected, rel=0, abs=5.1e-7), (x, age_s)
 
 
-@pytest.mark.parametrize("x", PCM_CHECK_VALUES)
+def test_the_check_on_devices_fails_where_a_device_is_off():
+    # A tenth of the read noise is missing.
+    points = {point: PCM_MOMENTS[point] for point in [(0.5, DAY), (1.0, YEAR)]}
+    assert_device_moments(PCM(), points)
+    with pytest.raises(AssertionError, match=r"at 1 of g_max after 3\.15.*the deviation is 0\.06"):
+        assert_device_moments(PCM(reading=0.9), points)
+
+
+@pytest.mark.parametrize("x", SHARES)
 @pytest.mark.parametrize("age_s", [0.0, YEAR])
 def test_the_quadrature_has_converged(x, age_s):
     assert pcm_moments(x, age_s) == pytest.approx(pcm_moments(x, age_s, order=32), rel=1e-11)

@@ -106,8 +106,9 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise ConfigError(f"No file {path}. Give a safetensors file that holds the weights.")
     with path.open("rb") as file:
-        start = file.read(4)
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+        start = file.read(9)
+    is_json = start[8:] == b"{"  # safetensors: eight bytes of length, then the header
+    if not is_json and (start[:2] == b"PK" or start[:1] == b"\x80"):
         raise ConfigError(
             f"{path} is a pickle, as torch.save writes it; it can hold code and is not opened. "
             "Write the weights as safetensors: safetensors.torch.save_file(model.state_dict(), "
@@ -118,6 +119,8 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         description = json.loads(metadata.get(_HEADER, "{}"))
+        if not isinstance(description, dict):
+            raise ValueError(f"its description is {description!r}")
     except (SafetensorError, ValueError) as error:
         raise ConfigError(f"{path} is damaged or no safetensors file: {error}.") from error
     if description.get("format", 0) > FORMAT:

@@ -1,7 +1,9 @@
 """Clipping weights before they are mapped, so that rare large ones do not set the scale."""
 
+from typing import cast
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from evenkeel.errors import ConfigError
 from evenkeel.layers import weight_layer
@@ -27,10 +29,25 @@ def clip_weights_(model: nn.Module, deviations: float = 2.5) -> dict[str, float]
         raise ConfigError(f"clip_weights_ needs deviations above 0; got {deviations!r}.")
     clipped = {}
     for path, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if weight_layer(module) is None or not isinstance(weight, nn.Parameter):
+        weights = weight_layer(module)
+        if weights is None:
             continue
-        limit = deviations * weight.float().std(correction=0)
+        weight = cast(Tensor, module.weight).detach()
+        limit = deviations * float(weight.float().std(correction=0))
         clipped[path] = float((weight.abs() > limit).float().mean())
-        weight.clamp_(-limit.to(weight.dtype), limit.to(weight.dtype))
+        if isinstance(module._parameters.get("weight"), nn.Parameter):
+            weight.clamp_(-limit, limit)
+        else:
+            _assign(module, weight.clamp(-limit, limit), path)
     return clipped
+
+
+def _assign(module: nn.Module, weight: Tensor, path: str) -> None:
+    """Set a parametrized weight, where its parametrization can be inverted."""
+    try:
+        module.weight = weight
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"The weight of '{path}' is parametrized in a way that cannot be set. Remove the "
+            f"parametrization first: torch.nn.utils.parametrize.remove_parametrizations."
+        ) from error

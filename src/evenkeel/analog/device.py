@@ -1,5 +1,6 @@
 """What happens to conductances: one physical effect, and several composed on one array."""
 
+import math
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -123,6 +124,8 @@ class Device:
         self.models = models
         self.scale_per = scale_per
         self.g_max = float(g_max if g_max is not None else (ranges or [1.0])[0])
+        if not 0 < self.g_max < math.inf:
+            raise ConfigError(f"g_max must be above 0 µS and finite; got {g_max!r}.")
 
     @property
     def name(self) -> str:
@@ -176,8 +179,8 @@ class Device:
             if self.scale_per == "column"
             else w.abs().max().view(1, 1)
         )
-        unit = torch.where(w_max > 0, w_max, 1.0) / self.g_max  # an all-zero array stays at zero
-        target = w / unit
+        target = w * (self.g_max / torch.where(w_max > 0, w_max, torch.ones_like(w_max)))
+        unit = w_max / self.g_max  # 0 for an array of zeros, which then stays at zero
         return torch.stack([target.clamp_min(0), (-target).clamp_min(0)]), unit
 
     def write(self, target: Tensor, draws: Draws) -> tuple[Tensor, list[State]]:

@@ -46,7 +46,9 @@ class StuckAt(DeviceModel):
     def write(self, g: Tensor, draws: Draws, g_max: float) -> tuple[Tensor, State]:
         """Which devices are stuck, and at what (-1: not stuck)."""
         u = draws.uniform("stuck", tuple(g.shape), device=g.device)
-        stuck = torch.where(u < self.low, 0.0, torch.where(u >= 1 - self.high, g_max, -1.0))
+        stuck = torch.full_like(g, -1.0)
+        stuck[u < self.low] = 0.0
+        stuck[u >= 1 - self.high] = g_max
         return torch.where(stuck < 0, g, stuck), {"stuck": stuck}
 
     def drift(self, g: Tensor, state: State, age_s: float) -> Tensor:

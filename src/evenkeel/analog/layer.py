@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ class AnalogLayer(nn.Module):
         self, layer: nn.Module, weights: WeightLayer, device: Device, seed: int, path: str
     ) -> None:
         super().__init__()
+        if parametrize.is_parametrized(layer):
+            layer = copy.deepcopy(layer).eval()  # in training, reading may change it
         matrix = weights.matrix(layer)
         if not bool(torch.isfinite(matrix).all()):
             raise ConfigError(
@@ -52,14 +55,14 @@ class AnalogLayer(nn.Module):
         target, unit = device.convert(matrix)  # (2, outputs, inputs), (outputs or 1, 1)
         programmed, states = device.write(target, Draws(seed, path))
         self.layer = _without_weight(layer)
-        self.weight_shape: torch.Size = layer.weight.shape  # type: ignore[assignment]
+        self.dtype = matrix.dtype
         self.weights = weights
         self.device = device
         self.seed = seed
         self.path = path
         self.register_buffer("programmed", programmed)
         self.register_buffer("unit", unit)
-        self.register_buffer("compensation", torch.ones(matrix.shape[0], 1, device=unit.device))
+        self.register_buffer("compensation", unit.new_ones(matrix.shape[0], 1))
         self.register_buffer("age", torch.zeros((), dtype=torch.float64))
         self.register_buffer("read_key", read_key(seed, path, "read", ""))
         self.register_buffer("reads", torch.zeros((), dtype=torch.int64))
@@ -71,9 +74,6 @@ class AnalogLayer(nn.Module):
         self.register_buffer("_conductance", None, persistent=False)
         self.register_buffer("_read_std", None, persistent=False)
         self.register_buffer("_matrix", None, persistent=False)
-        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
-            lambda module, _: module._derive()
-        )
         self._derive()
 
     @property
@@ -116,7 +116,7 @@ class AnalogLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """One read in the digital layer's shape, for code that asks a layer for its weight."""
-        return self.read().view(self.weight_shape)
+        return self.weights.weight(self.layer, self.read().to(self.dtype))
 
     @property
     def bias(self) -> Tensor | None:
@@ -148,7 +148,12 @@ class AnalogLayer(nn.Module):
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._derive()
 
     def extra_repr(self) -> str:
         """Array size, device and age."""
@@ -159,7 +164,12 @@ class AnalogLayer(nn.Module):
 def _without_weight(layer: nn.Module) -> nn.Module:
     """A copy that keeps bias and options and has no weight."""
     stripped = copy.deepcopy(layer)
-    if parametrize.is_parametrized(stripped, "weight"):
-        parametrize.remove_parametrizations(stripped, "weight", leave_parametrized=True)
+    if parametrize.is_parametrized(stripped):
+        # Not remove_parametrizations: it changes the class, which the copy shares with its model.
+        bias = layer.bias
+        stripped.__class__ = type(layer).__bases__[0]
+        del stripped._modules["parametrizations"]
+        if "bias" not in stripped._parameters:
+            stripped.register_parameter("bias", nn.Parameter(cast(Tensor, bias).detach().clone()))
     stripped.register_parameter("weight", None)
     return stripped

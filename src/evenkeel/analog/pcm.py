@@ -61,14 +61,16 @@ class PCM(DeviceModel):
 
     def __post_init__(self) -> None:
         for name in ("programming", "drifting", "reading"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"PCM {name} must be 0 or more; got {getattr(self, name)!r}.")
-        if not self.g_max > 0:
-            raise ConfigError(f"PCM g_max must be above 0 µS; got {self.g_max!r}.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"PCM {name} must be 0 or more and finite; got {getattr(self, name)!r}."
+                )
+        if not 0 < self.g_max < math.inf:
+            raise ConfigError(f"PCM g_max must be above 0 µS and finite; got {self.g_max!r}.")
 
     def write(self, g: Tensor, draws: Draws, g_max: float) -> tuple[Tensor, State]:
         """Programming noise, and a drift exponent for each device."""
-        x = g / self.g_max
+        x = (g / self.g_max).clamp(0, 1)  # the laws' range; an effect before may have left it
         shape = tuple(g.shape)
         programmed = g
         if self.programming:
@@ -93,7 +95,8 @@ class PCM(DeviceModel):
         """1/f noise integrated from one read's duration to the device's age."""
         if not self.reading:
             return None
-        q = (0.0088 / (programmed / self.g_max).pow(0.65).clamp_min(1e-3)).clamp_max(0.2)
+        x = (programmed / self.g_max).clamp_min(0)
+        q = (0.0088 / x.pow(0.65).clamp_min(1e-3)).clamp_max(0.2)
         age = age_s + self.t0_s
         root_log = math.sqrt(math.log((age + self.t_read_s) / (2 * self.t_read_s)))
-        return g * q * (self.reading * root_log)
+        return g.clamp_min(0) * q * (self.reading * root_log)

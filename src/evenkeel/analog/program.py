@@ -2,6 +2,7 @@
 
 import copy
 import fnmatch
+import operator
 from collections.abc import Callable, Collection
 
 from torch import nn
@@ -54,10 +55,14 @@ def program(
     chosen = _choice(model, layers)
     digital: dict[str, str] = {}
     arrays: dict[int, nn.Module] = {}  # by identity: a layer used in two places is one array
+    inside: tuple[str, ...] = ()  # of layers on arrays: what parametrizes their weights
     for path, module in model.named_modules():
+        if path.startswith(inside):
+            continue
         weights = weight_layer(module)
         if weights is not None and chosen(path, module):
             arrays[id(module)] = AnalogLayer(module, weights, device, seed, path)
+            inside += (f"{path}.",) if path else ("",)
         elif reason := _why_digital(module, known=weights is not None):
             digital[path] = reason
     if not arrays:
@@ -69,7 +74,7 @@ def program(
             f"({held}). Linear and Conv1d/2d/3d can be programmed; make other kinds known with "
             f"evenkeel.layers.register_weight_layer."
         )
-    return Chip(_copy_with(model, arrays), device, seed, digital)
+    return Chip(_copy_with(model, arrays), device, operator.index(seed), digital).eval()
 
 
 def _choice(model: nn.Module, layers: LayerChoice) -> Callable[[str, nn.Module], bool]:
@@ -80,10 +85,13 @@ def _choice(model: nn.Module, layers: LayerChoice) -> Callable[[str, nn.Module],
     if isinstance(layers, str):
         raise ConfigError(f"layers must be a list of paths or patterns; got the string {layers!r}.")
     paths = [path for path, module in model.named_modules() if weight_layer(module) is not None]
+    chosen: set[str] = set()
     for pattern in layers:
-        if not fnmatch.filter(paths, pattern):
+        found = [pattern] if pattern in paths else fnmatch.filter(paths, pattern)
+        if not found:
             raise ConfigError(f"No layer matches {pattern!r}. {nearest(pattern, paths)}")
-    return lambda path, module: any(fnmatch.fnmatchcase(path, pattern) for pattern in layers)
+        chosen.update(found)
+    return lambda path, module: path in chosen
 
 
 def _why_digital(module: nn.Module, *, known: bool) -> str | None:

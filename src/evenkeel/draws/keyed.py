@@ -11,6 +11,7 @@ than not share their numbers.
 
 import hashlib
 import json
+import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 
 def digest(*key: str | int) -> int:
     """128 bits that stand for a key; equal keys only give equal bits."""
-    text = json.dumps(key).encode()
+    text = json.dumps([k if isinstance(k, str) else operator.index(k) for k in key]).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")
 
 

@@ -1,7 +1,7 @@
 """A layer's weights as a matrix of (outputs, inputs), and the layer run with another matrix.
 
 That is all an analog array, or any other method that works on matrices, has to know of a layer. A
-new kind of layer is one class of two functions and a call of :func:`register_weight_layer`.
+new kind of layer is one class of three functions and a call of :func:`register_weight_layer`.
 """
 
 from typing import Any, Protocol
@@ -16,11 +16,15 @@ class WeightLayer(Protocol):
     def matrix(self, layer: Any) -> Tensor:
         """The weights as (outputs, inputs per output): a row holds all that feeds one output."""
 
-    def forward(self, layer: Any, x: Tensor, matrix: Tensor) -> Tensor:
-        """The layer's output for ``x`` with ``matrix`` in place of its weights.
+    def weight(self, layer: Any, matrix: Tensor) -> Tensor:
+        """The way back: a matrix in the layout of the layer's own weight.
 
-        ``layer.weight`` must not be used: on a chip it is gone. Its bias and options are there.
+        Neither this nor ``forward`` may use ``layer.weight``: on a chip it is gone. The layer's
+        bias and options are there.
         """
+
+    def forward(self, layer: Any, x: Tensor, matrix: Tensor) -> Tensor:
+        """The layer's output for ``x`` with ``matrix`` in place of its weights."""
 
 
 class LinearWeights:
@@ -29,6 +33,10 @@ class LinearWeights:
     def matrix(self, layer: nn.Linear) -> Tensor:
         """(out_features, in_features)."""
         return layer.weight
+
+    def weight(self, layer: nn.Linear, matrix: Tensor) -> Tensor:
+        """The matrix itself."""
+        return matrix
 
     def forward(self, layer: nn.Linear, x: Tensor, matrix: Tensor) -> Tensor:
         """Same as the layer's own forward."""
@@ -46,10 +54,14 @@ class ConvWeights:
         """(out_channels, in_channels / groups * kernel size)."""
         return layer.weight.flatten(1)
 
+    def weight(self, layer: nn.Conv2d, matrix: Tensor) -> Tensor:
+        """(out_channels, in_channels / groups, *kernel)."""
+        shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+        return matrix.view(shape)
+
     def forward(self, layer: nn.Conv2d, x: Tensor, matrix: Tensor) -> Tensor:
         """Same as the layer's own forward, padding modes included."""
-        shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
-        y: Tensor = layer._conv_forward(x, matrix.view(shape), layer.bias)
+        y: Tensor = layer._conv_forward(x, self.weight(layer, matrix), layer.bias)
         return y
 
 
@@ -72,7 +84,8 @@ def weight_layer(layer: nn.Module) -> WeightLayer | None:
     A subclass counts as its parent only while it keeps the parent's forward: one that does anything
     else with its weight is not guessed at. Parametrized layers keep it, so they are found.
     """
-    for kind, weights in _KINDS.items():
-        if type(layer) is kind or (isinstance(layer, kind) and type(layer).forward is kind.forward):
-            return weights
+    for kind in type(layer).__mro__:  # the nearest first
+        if kind in _KINDS:
+            same = type(layer) is kind or type(layer).forward is kind.forward
+            return _KINDS[kind] if same else None
     return None
