@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from evenkeel.analog import (
     PCM,
@@ -577,6 +577,38 @@ def test_parametrized_layers_are_programmed(name):
     assert_same_state(program(net, PCM(), seed=3), program(net, PCM(), seed=3))
 
 
+def test_parametrized_layers_that_stay_digital_are_told_by_their_own_name():
+    kinds = {"up": nn.ConvTranspose2d(2, 2, 2), "out": nn.Linear(2, 2), "in": nn.Linear(2, 2)}
+    net = nn.ModuleDict({k: parametrizations.weight_norm(layer) for k, layer in kinds.items()})
+    chip = program(net, PCM(), seed=3, layers=["in"])
+    assert sorted(chip.digital) == ["out", "up"]
+    assert chip.digital["out"] == "left out by `layers`"
+    assert "ConvTranspose2d is not a kind of layer" in chip.digital["up"]
+
+
+def pruned(layer: nn.Linear) -> nn.Module:
+    return prune.l1_unstructured(layer, "weight", 0.5)
+
+
+@pytest.mark.parametrize("hooked", [pruned, torch.nn.utils.spectral_norm])
+@pytest.mark.parametrize("verb", [lambda net: program(net, PCM(), seed=3), clip_weights_])
+def test_layers_whose_weight_a_hook_makes_anew_are_refused(hooked, verb):
+    # Such a weight may be stale, and what is written to it is gone at the next forward.
+    net = nn.Sequential(nn.Linear(4, 4), hooked(nn.Linear(4, 4))).eval()
+    with torch.no_grad():
+        net(torch.ones(1, 4))
+    with pytest.raises(ConfigError, match="'1'"):
+        verb(net)
+
+
+@pytest.mark.parametrize("verb", [lambda net: program(net, PCM(), seed=3), clip_weights_])
+def test_what_is_on_a_chip_already_is_refused(net, verb):
+    chip = program(net, PCM(), seed=3)
+    with pytest.raises(ConfigError, match="program"):
+        verb(chip)
+    assert_same_state(chip, program(net, PCM(), seed=3))
+
+
 def test_a_spectral_norm_in_training_is_left_alone():
     # Reading its weight in training mode moves its power iteration.
     net = nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 6)))
@@ -600,6 +632,9 @@ class InFirst(nn.Module):
 class InFirstWeights:
     def matrix(self, layer):
         return layer.weight.T
+
+    def weight(self, layer, matrix):
+        return matrix.T
 
     def forward(self, layer, x, matrix):
         return F.linear(x, matrix, layer.bias)

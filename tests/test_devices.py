@@ -315,6 +315,20 @@ def test_weights_that_are_all_zero_stay_zero(device, scale_per):
     assert (array.read()[1] == 0).all()
 
 
+@pytest.mark.parametrize("scale", [1e-41, 1e-30, 1e30])
+@pytest.mark.parametrize("device", [PCM(), Gain(1.0)], ids=lambda d: d.name)
+def test_weights_of_any_size_are_mapped(device, scale):
+    # Weight decay takes the weights of dead outputs down to where float32 has no reciprocals.
+    w = torch.randn(3, 200)
+    w[1] *= scale
+    array = matrix_on(Device(device, scale_per="column"), w)
+    array.age_(HOUR)
+    read = array.read()
+    assert read.isfinite().all()
+    rows = torch.stack([read[1], w[1]]).double() / scale
+    assert torch.corrcoef(rows)[0, 1] > 0.9
+
+
 # ---- no noise, no change
 
 

@@ -52,6 +52,7 @@ def test_convolutions_with_every_option(dims, options):
     inputs = 4 // options.get("groups", 1)
     assert matrix.shape == (8, inputs * torch.Size(kernel).numel())
     assert torch.equal(matrix[5], layer.weight[5].flatten())  # a row is one output
+    assert torch.equal(kind.weight(without_weight(layer), matrix), layer.weight)
     assert torch.equal(kind.forward(without_weight(layer), x, matrix), layer(x))
 
 
@@ -71,6 +72,7 @@ def test_linear(bias, shape):
     layer, x = nn.Linear(6, 4, bias=bias), torch.randn(shape)
     kind = weight_layer(layer)
     assert kind.matrix(layer).shape == (4, 6)
+    assert torch.equal(kind.weight(without_weight(layer), kind.matrix(layer)), layer.weight)
     assert torch.equal(kind.forward(without_weight(layer), x, kind.matrix(layer)), layer(x))
 
 
@@ -155,9 +157,13 @@ class TransposedWeights:
     def matrix(self, layer):
         return layer.weight.transpose(0, 1).flatten(1)
 
-    def forward(self, layer, x, matrix):
+    def weight(self, layer, matrix):
         shape = (layer.out_channels, layer.in_channels, *layer.kernel_size)
-        return F.conv_transpose2d(x, matrix.view(shape).transpose(0, 1), layer.bias, layer.stride)
+        return matrix.view(shape).transpose(0, 1)
+
+    def forward(self, layer, x, matrix):
+        weight = self.weight(layer, matrix)
+        return F.conv_transpose2d(x, weight, layer.bias, layer.stride)
 
 
 @pytest.mark.usefixtures("_registry")

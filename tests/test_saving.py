@@ -273,7 +273,7 @@ def test_what_needs_its_network_says_so(path, item):
 
 def test_a_chip_for_another_network(path):
     ek.save(program(network(), PCM(), seed=3), path)
-    with pytest.raises(ConfigError, match="No layer matches '4'|do not fit Chip"):
+    with pytest.raises(ConfigError, match=r"No layer matches '4'|do not fit Chip"):
         ek.load(path, model=nn.Sequential(nn.Conv2d(1, 4, 3)))
     wider = network()
     wider[4] = nn.Linear(4 * 36, 5)
