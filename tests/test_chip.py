@@ -171,7 +171,9 @@ def test_a_layer_draws_the_same_in_whatever_order_layers_were_defined(net):
 
 @pytest.mark.parametrize("seed", [0, -1, 2**70, np.int64(3)], ids=repr)
 def test_any_integer_is_a_seed(net, seed):
-    assert_same_state(program(net, PCM(), seed=seed), program(net, PCM(), seed=int(seed)))
+    chip = program(net, PCM(), seed=seed)
+    assert_same_state(chip, program(net, PCM(), seed=int(seed)))
+    assert type(chip.seed) is int  # which can be saved
 
 
 # ---- age
@@ -573,6 +575,7 @@ def test_parametrized_layers_are_programmed(name):
     chip = program(net, Gain(1.0), seed=3)
     torch.testing.assert_close(chip(x), expected)
     assert chip.digital == {}
+    assert [path for path, _ in chip.named_parameters()] == ["model.0.layer.bias"]
     assert torch.equal(net(x), expected)
     assert_same_state(program(net, PCM(), seed=3), program(net, PCM(), seed=3))
 
@@ -610,11 +613,13 @@ def test_what_is_on_a_chip_already_is_refused(net, verb):
 
 
 def test_a_spectral_norm_in_training_is_left_alone():
-    # Reading its weight in training mode moves its power iteration.
-    net = nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 6)))
+    # Reading its weight in training mode moves its power iteration, and with it the weight.
+    net, x = nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 6))), torch.randn(3, 4)
+    nn.init.normal_(net[0].parametrizations.weight.original)
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    program(net, PCM(), seed=3)
+    chip = program(net, Gain(1.0), seed=3)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    torch.testing.assert_close(chip(x), net.eval()(x))
 
 
 class InFirst(nn.Module):

@@ -47,7 +47,7 @@ def kill(process, moment: int, rng: random.Random) -> None:
         time.sleep(rng.uniform(0, 3))
     else:
         process.stdout.readline()  # from here on trials run
-        time.sleep(rng.uniform(0, 2) if moment % 4 == 0 else rng.uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 4) if moment % 4 == 0 else rng.uniform(0, 1.2))
     assert process.poll() is None, "the audit ended before it could be killed; give it more to do"
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
@@ -71,12 +71,12 @@ def test_killed_twenty_times_an_audit_ends_as_if_undisturbed(network, tmp_path):
         assert len(set(started)) == len(started), "a trial ran twice in one run"
         assert not kept & set(started), "a finished trial ran again"
         assert kept <= finished(store), "a finished trial was lost"
-        partial += len(kept) < len(finished(store)) < 96
-    assert partial >= 10  # most kills came in the middle of the work
+        partial += len(kept) < len(finished(store)) < 240
+    assert partial >= 6, partial  # so many kills came in the middle of the work
     undisturbed = tmp_path / "undisturbed.db"
     process = start(weights, undisturbed, tmp_path / "log2", workers=2)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     results = [json.loads(Path(f"{path}.json").read_text()) for path in (store, undisturbed)]
     assert results[0] == results[1]
-    assert len(finished(store)) == 96
+    assert len(finished(store)) == 240

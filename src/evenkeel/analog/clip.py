@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.errors import ConfigError
-from evenkeel.layers import weight_layer
+from evenkeel.layers import require_own_weight, weight_layer
 
 
 @torch.no_grad()
@@ -32,6 +32,7 @@ def clip_weights_(model: nn.Module, deviations: float = 2.5) -> dict[str, float]
         weights = weight_layer(module)
         if weights is None:
             continue
+        require_own_weight(module, path)
         weight = cast(Tensor, module.weight).detach()
         limit = deviations * float(weight.float().std(correction=0))
         clipped[path] = float((weight.abs() > limit).float().mean())

@@ -179,7 +179,7 @@ class Device:
             if self.scale_per == "column"
             else w.abs().max().view(1, 1)
         )
-        target = w * (self.g_max / torch.where(w_max > 0, w_max, torch.ones_like(w_max)))
+        target = w / torch.where(w_max > 0, w_max, torch.ones_like(w_max)) * self.g_max
         unit = w_max / self.g_max  # 0 for an array of zeros, which then stays at zero
         return torch.stack([target.clamp_min(0), (-target).clamp_min(0)]), unit
 

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from evenkeel.analog.device import Device, State
 from evenkeel.draws import Draws, keyed_normal, read_key
 from evenkeel.errors import ConfigError
-from evenkeel.layers import WeightLayer
+from evenkeel.layers import WeightLayer, require_own_weight
 
 
 class AnalogLayer(nn.Module):
@@ -44,6 +44,7 @@ class AnalogLayer(nn.Module):
         self, layer: nn.Module, weights: WeightLayer, device: Device, seed: int, path: str
     ) -> None:
         super().__init__()
+        require_own_weight(layer, path)
         if parametrize.is_parametrized(layer):
             layer = copy.deepcopy(layer).eval()  # in training, reading may change it
         matrix = weights.matrix(layer)

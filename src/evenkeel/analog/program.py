@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Collection
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from evenkeel.analog.chip import Chip
 from evenkeel.analog.device import Device, DeviceModel, as_device
@@ -55,14 +56,15 @@ def program(
     chosen = _choice(model, layers)
     digital: dict[str, str] = {}
     arrays: dict[int, nn.Module] = {}  # by identity: a layer used in two places is one array
-    inside: tuple[str, ...] = ()  # of layers on arrays: what parametrizes their weights
+    inside: tuple[str, ...] = ()  # what belongs to a layer that has been dealt with
     for path, module in model.named_modules():
         if path.startswith(inside):
             continue
+        if parametrize.is_parametrized(module):
+            inside += (f"{path}.parametrizations".lstrip("."),)
         weights = weight_layer(module)
         if weights is not None and chosen(path, module):
             arrays[id(module)] = AnalogLayer(module, weights, device, seed, path)
-            inside += (f"{path}.",) if path else ("",)
         elif reason := _why_digital(module, known=weights is not None):
             digital[path] = reason
     if not arrays:
@@ -98,7 +100,10 @@ def _why_digital(module: nn.Module, *, known: bool) -> str | None:
     """Why a module that itself holds a matrix of weights is not on an array."""
     if known:
         return "left out by `layers`"
-    if any(p.dim() > 1 for p in module.parameters(recurse=False)):
+    own = list(module.parameters(recurse=False))
+    if parametrize.is_parametrized(module):
+        own += module.parametrizations.parameters()  # type: ignore[union-attr]
+    if any(p.dim() > 1 for p in own):
         return f"{type(module).__name__} is not a kind of layer that can be programmed"
     return None
 

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evenkeel.errors import ConfigError
+
 
 class WeightLayer(Protocol):
     """How one kind of layer shows its weights."""
@@ -89,3 +91,18 @@ def weight_layer(layer: nn.Module) -> WeightLayer | None:
             same = type(layer) is kind or type(layer).forward is kind.forward
             return _KINDS[kind] if same else None
     return None
+
+
+def require_own_weight(layer: nn.Module, path: str) -> None:
+    """Refuse a layer whose weight is not its own: gone onto a chip, or made anew by a hook."""
+    if layer._parameters.get("weight", layer) is None:
+        raise ConfigError(
+            f"'{path}' has no weight: this network is programmed onto a chip already. Start from "
+            f"the digital network."
+        )
+    if "weight" in vars(layer):
+        raise ConfigError(
+            f"The weight of '{path}' is made by a hook at each forward (pruning, or spectral_norm "
+            f"of old), so what it holds now may be stale. Make it a plain parameter first: "
+            f"prune.remove(layer, 'weight') or remove_spectral_norm(layer)."
+        )
