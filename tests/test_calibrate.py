@@ -381,3 +381,11 @@ def test_argument_errors(data):
         ek.calibrate_(plain_net(), images(data, 8), estimator="poled")
     with pytest.raises(ConfigError, match="'auto', a number"):
         ek.calibrate_(plain_net(), images(data, 8), shrinkage="some")
+
+
+def test_behind_a_relu_a_third_of_a_weight_errors_power_is_an_offset():
+    """The share that the mean's update removes exactly, as the method card says: 1 / pi."""
+    x, error = torch.randn(20_000, 64).relu(), torch.randn(256, 64)
+    moments = BatchMoments.of(x @ error.T)  # what zero-mean weight errors add to 256 outputs
+    power = moments.mean.square() + moments.var
+    assert float(moments.mean.square().sum() / power.sum()) == pytest.approx(1 / torch.pi, abs=0.02)

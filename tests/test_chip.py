@@ -66,6 +66,18 @@ class Net(nn.Module):
         return self.head(F.adaptive_avg_pool2d(self.depthwise(x), 4).flatten(1))
 
 
+@dataclass(frozen=True)
+class CommonDrift(DeviceModel):
+    """Fades all devices of an output alike; ``spread``: outputs differ in their exponents."""
+
+    spread: float = 0.0
+    ages = True
+
+    def drift(self, g, state, age_s):
+        nu = 0.1 + self.spread * torch.linspace(0, 1, g.shape[1]).view(-1, 1)
+        return g * (1 + age_s / 20) ** -nu
+
+
 @pytest.fixture
 def net():
     return Net().eval()
@@ -202,6 +214,19 @@ def test_an_age_that_cannot_be_is_refused_and_changes_nothing(net, age_s):
     with pytest.raises(ConfigError, match="finite and 0 s or more"):
         chip.age_(age_s)
     assert_same_state(chip, before)
+
+
+@pytest.mark.parametrize("device", [PCM(), CommonDrift()], ids=lambda d: d.name)
+def test_a_chip_aged_in_inference_mode_serves_outside_of_it(net, x, device):
+    chip = program(net, device, seed=3)
+    with torch.inference_mode():
+        expected = chip.age_(DAY)(x)
+    chip.rewind_()
+    inputs = x.clone().requires_grad_()
+    got = chip(inputs)
+    got.sum().backward()
+    torch.testing.assert_close(got, expected.clone())
+    assert inputs.grad.abs().sum() > 0
 
 
 # ---- what programming leaves alone
@@ -665,6 +690,13 @@ def test_the_weight_of_a_kind_of_ones_own_has_the_layers_layout():
     torch.testing.assert_close(program(layer, Gain(1.0), seed=3).model.weight, layer.weight.data)
 
 
+def test_hooks_on_a_layer_are_kept():
+    net, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(3, 4)
+    net[0].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    net[0].register_forward_hook(lambda module, args, output: 2 * output)
+    torch.testing.assert_close(program(net, Gain(1.0), seed=3)(x), net(x))
+
+
 # ---- choosing layers
 
 
@@ -728,18 +760,6 @@ def test_weights_that_are_not_finite_name_their_layer(net, layer, value):
 
 
 # ---- drift compensation
-
-
-@dataclass(frozen=True)
-class CommonDrift(DeviceModel):
-    """Fades all devices of an output alike; ``spread``: outputs differ in their exponents."""
-
-    spread: float = 0.0
-    ages = True
-
-    def drift(self, g, state, age_s):
-        nu = 0.1 + self.spread * torch.linspace(0, 1, g.shape[1]).view(-1, 1)
-        return g * (1 + age_s / 20) ** -nu
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,13 @@ def test_what_does_something_else_with_its_weights_is_not_guessed_at(layer):
     assert weight_layer(layer) is None
 
 
+def test_a_layer_with_a_forward_of_its_own_is_not_guessed_at():
+    # As accelerate and other wrappers do: the instance, not the class, has another forward.
+    layer = nn.Linear(4, 3)
+    layer.forward = lambda x: 2 * nn.Linear.forward(layer, x)
+    assert weight_layer(layer) is None
+
+
 @pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "orthogonal"])
 @pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Conv2d(4, 4, 3, padding=1)], ids=str)
 def test_parametrized_layers_are_known(name, layer):

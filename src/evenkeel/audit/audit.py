@@ -240,9 +240,12 @@ def _commit() -> str | None:
     here = Path(__file__).resolve()
     if not (here.parents[3] / ".git").exists():
         return None
-    asked = ["git", "-C", str(here.parents[3]), "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
+    git = ["git", "-C", str(here.parents[3])]
+    head = subprocess.run(
+        [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    edited = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "src"], check=False).returncode
+    return f"{head}{'-dirty' if edited else ''}" if head else None
 
 
 def _provenance(
