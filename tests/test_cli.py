@@ -93,9 +93,12 @@ def test_a_named_architecture_and_a_saved_network(here, monkeypatch, capsys, net
     assert command(monkeypatch, capsys, "audit", "saved.safetensors", *given)[0] == 0
 
 
-def test_devices_are_listed(monkeypatch, capsys):
-    code, out, _ = command(monkeypatch, capsys, "devices")
+def test_devices_are_listed(here, monkeypatch, capsys):
+    code, out, _ = command(monkeypatch, capsys, "devices", "--json", "devices.json")
     assert code == 0
+    listed = {d["name"]: d["settings"] for d in json.loads(Path("devices.json").read_text())}
+    assert listed["pcm"]["g_max"] == 25
+    assert listed["gaussian"] == {"level": None}  # must be given
     assert all(name in out for name in ("pcm", "gaussian", "log_normal", "gain", "stuck_at"))
 
 

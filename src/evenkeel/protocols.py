@@ -71,7 +71,8 @@ class Bench(Protocol):
 class SharedRemedy(Protocol):
     """A remedy that changes the network once, before it is programmed, for every chip.
 
-    Either kind may have ``why_not(model)``, which says why it is of no use to a network, or None.
+    Either kind may have ``why_not(model)``, which tells why it is of no use to a network,
+    and a ``title``, which sentences use instead of the name.
     """
 
     name: str

@@ -87,7 +87,13 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: Device | N
             f"it: load(path, model=...)."
         )
     if kind == "Chip":
-        device = device or _device_from(description["device"])
+        if device is None:
+            device = _device_from(description["device"])
+        elif (device := analog.device.as_device(device)).to_dict() != description["device"]:
+            raise ConfigError(
+                f"{path} holds a chip of the device {description['device']}; the device given is "
+                f"{device.to_dict()}. Pass the same; or none, if its effects are evenkeel's own."
+            )
         network = analog.program(
             network, device, seed=description["seed"], layers=description["layers"]
         )
@@ -119,7 +125,10 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         description = json.loads(metadata.get(_HEADER, "{}"))
-        if not isinstance(description, dict):
+        needed = {"Chip": {"device", "seed", "layers"}}
+        if not isinstance(description, dict) or (
+            needed.get(description.get("type", ""), set()) - set(description)
+        ):
             raise ValueError(f"its description is {description!r}")
     except (SafetensorError, ValueError) as error:
         raise ConfigError(f"{path} is damaged or no safetensors file: {error}.") from error

@@ -35,6 +35,9 @@ def clip_weights_(model: nn.Module, deviations: float = 2.5) -> dict[str, float]
         require_own_weight(module, path)
         weight = cast(Tensor, module.weight).detach()
         limit = deviations * float(weight.float().std(correction=0))
+        if limit == 0:  # equal weights have no outliers
+            clipped[path] = 0.0
+            continue
         clipped[path] = float((weight.abs() > limit).float().mean())
         if isinstance(module._parameters.get("weight"), nn.Parameter):
             weight.clamp_(-limit, limit)

@@ -44,6 +44,8 @@ class DeviceModel:
     """
 
     version: ClassVar[int] = 1
+    permanent: ClassVar[bool] = False
+    """Whether it overrides all else for life, as a fault does; such effects come last."""
     ages: ClassVar[bool] = False
     """Whether time changes anything; an audit visits one age only of what does not age."""
 
@@ -120,6 +122,11 @@ class Device:
             raise ConfigError(f"Device needs at least one DeviceModel, such as PCM(); got: {got}.")
         if scale_per not in get_args(ScalePer):
             raise ConfigError(f"scale_per must be 'layer' or 'column'; got {scale_per!r}.")
+        first = next((i for i, m in enumerate(models) if m.permanent), len(models))
+        if late := [m.name for m in models[first:] if not m.permanent]:
+            raise ConfigError(
+                f"{models[first].name} holds for life, so it must come after {', '.join(late)}."
+            )
         ranges = [g for m in models if (g := getattr(m, "g_max", None))]
         self.models = models
         self.scale_per = scale_per
@@ -139,7 +146,9 @@ class Device:
 
     @property
     def _mapping(self) -> str:
-        return ", per column" if self.scale_per == "column" else ""
+        default = next((g for m in self.models if (g := getattr(m, "g_max", None))), 1.0)
+        range_ = "" if self.g_max == default else f", g_max={self.g_max:g}"
+        return range_ + (", per column" if self.scale_per == "column" else "")
 
     @property
     def level(self) -> float | None:

@@ -1,6 +1,7 @@
 """Devices that ignore what is written to them."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from evenkeel.errors import ConfigError
 class StuckAt(DeviceModel):
     """Faulty devices: some conduct nothing, some always fully, for life.
 
-    Put it after the other effects of a :class:`Device`, as a stuck device neither takes a write nor
-    drifts.
+    It comes after the other effects of a :class:`Device`, as a stuck device neither takes a write
+    nor drifts. Its read noise is that of its conductance.
 
     Args:
         low: share of devices stuck at zero.
@@ -27,6 +28,8 @@ class StuckAt(DeviceModel):
         >>> device.name
         'PCM + StuckAt(0.01, high=0.01)'
     """
+
+    permanent: ClassVar[bool] = True
 
     low: float = 0.0
     high: float = 0.0

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -13,6 +14,14 @@ from evenkeel.analog.device import Device, State
 from evenkeel.draws import Draws, keyed_normal, read_key
 from evenkeel.errors import ConfigError
 from evenkeel.layers import WeightLayer, require_own_weight
+
+_FORWARD_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 class AnalogLayer(nn.Module):
@@ -56,6 +65,9 @@ class AnalogLayer(nn.Module):
         target, unit = device.convert(matrix)  # (2, outputs, inputs), (outputs or 1, 1)
         programmed, states = device.write(target, Draws(seed, path))
         self.layer = _without_weight(layer)
+        for hooks in _FORWARD_HOOKS:  # they belong to the call, and that is now this module's
+            vars(self)[hooks] = vars(self.layer)[hooks]
+            vars(self.layer)[hooks] = OrderedDict()
         self.dtype = matrix.dtype
         self.weights = weights
         self.device = device
@@ -85,6 +97,7 @@ class AnalogLayer(nn.Module):
             for i, names in enumerate(self._state_names)
         ]
 
+    @torch.inference_mode(False)  # what is kept must also serve outside of it
     @torch.no_grad()
     def _derive(self) -> None:
         age_s = float(self.age)

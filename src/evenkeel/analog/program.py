@@ -5,6 +5,7 @@ import fnmatch
 import operator
 from collections.abc import Callable, Collection
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -17,6 +18,7 @@ from evenkeel.layers import weight_layer
 LayerChoice = Collection[str] | Callable[[str, nn.Module], bool] | None
 
 
+@torch.inference_mode(False)  # a chip made inside of it must also serve outside
 def program(
     model: nn.Module,
     device: Device | DeviceModel,

@@ -16,6 +16,7 @@ class DriftCompensation:
     """One factor for each array, or for each output column; no data needed."""
 
     per: CompensatePer = "layer"
+    title: ClassVar[str] = "drift compensation"
     advice: ClassVar[str] = (
         "Right after programming, read each array with one input line on at a time and keep the "
         "mean absolute output. At any later age read it again, and multiply the array's digital "
@@ -45,6 +46,7 @@ class ClipWeights:
     """Clip weights to a number of their standard deviations before they are mapped."""
 
     deviations: float = 2.5
+    title: ClassVar[str] = "weight clipping"
     advice: ClassVar[str] = (
         "Clip the weights before they are mapped; `mended.safetensors` holds them clipped. By "
         "hand: `ek.analog.clip_weights_(model)`."

@@ -46,7 +46,9 @@ class Gaussian(DeviceModel):
 
 @dataclass(frozen=True)
 class LogNormal(DeviceModel):
-    r"""Multiplicative log-normal noise: $\tilde w = w\,e^{\text{level}\,\xi}$.
+    r"""Multiplicative log-normal noise on every weight.
+
+    $$ \tilde w = w\,e^{\text{level}\,\xi}, \qquad \xi \sim N(0, 1) $$
 
     Weights of zero stay zero, and no weight changes its sign. The mean gain is
     $e^{\text{level}^2/2}$.

@@ -44,6 +44,11 @@ class Row:
         return "+".join(part.name for part in self.parts)
 
     @property
+    def title(self) -> str:
+        """For sentences: the parts' titles, or names where they have none."""
+        return " and ".join(getattr(part, "title", part.name) for part in self.parts)
+
+    @property
     def is_shared(self) -> bool:
         """Whether the network is changed before it is programmed."""
         return any(isinstance(part, SharedRemedy) for part in self.parts)

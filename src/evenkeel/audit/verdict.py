@@ -83,19 +83,19 @@ def sentences(
         f"{network} has {metric} {digital:.1f} % in digital arithmetic{test}; on {verdict.device}"
         f"{when} it keeps {points(raw)}"
         + (
-            f", and with {worst.remedy} {points(worst)}."
+            f", and with {row.title} {points(worst)}."
             if worst.remedy != raw.remedy
             else ". No remedy tried makes it better by more than half a point."
         )
     ]
     if worst.remedy != raw.remedy:
         said.append(
-            f"{worst.remedy} is the cheapest remedy within {WITHIN} points of the best: it takes "
+            f"“{worst.remedy}” is the cheapest remedy within {WITHIN} points of the best: it takes "
             f"{EFFORTS[row.effort]}, and no retraining."
         )
         best = next((c for c in verdict.best if c.age_s == worst.age_s), worst)
         if best.remedy != worst.remedy:
-            said.append(f"The best, {best.remedy}, reaches {points(best)} at that age.")
+            said.append(f"The best, “{best.remedy}”, reaches {points(best)} at that age.")
     said.append(
         f"The worst of {chips} chips is chip {worst.worst_chip} with {worst.worst:.1f} %."
         + ("" if floor is None or worst.yielded is None else _yield(worst, floor))

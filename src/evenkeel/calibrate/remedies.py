@@ -25,6 +25,7 @@ class Calibrate:
     samples: int | None = None
     shrinkage: Shrinkage = "auto"
     gate: bool = True
+    title: ClassVar[str] = "calibration"
     advice: ClassVar[str] = (
         "On each chip, at the age it is used at, run some unlabelled inputs and fit the "
         "normalizers: `ek.calibrate_(chip, batches)`, where `chip` is any PyTorch module that "
@@ -77,6 +78,7 @@ class Calibrate:
 class PoolOverChips:
     """:func:`evenkeel.calibrate.pool_statistics_` over simulated chips of the device."""
 
+    title: ClassVar[str] = "pooled statistics"
     advice: ClassVar[str] = (
         "Deploy the network of `mended.safetensors`: its running statistics are those of an "
         "average chip of this device, over all the ages audited."

@@ -21,6 +21,8 @@ from evenkeel.models import build
 from evenkeel.saving import load, save
 from evenkeel.train import fit
 
+Names = Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")]
+
 DEMO = "resnet8_digits"
 DEMO_DEVICES = ("pcm", "gaussian:0.1", "gaussian:0.15", "gaussian:0.2")
 
@@ -34,9 +36,9 @@ def audit(
     mean: str = "0",
     std: str = "1",
     task: str = "classify",
-    device: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
-    age: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
-    remedy: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    device: Names = None,
+    age: Names = None,
+    remedy: Names = None,
     chips: int = 16,
     until: float | None = None,
     floor: float | None = None,
@@ -57,8 +59,8 @@ def audit(
     weights
         Safetensors file of the network's weights; "own" where the factory loads them itself.
     data
-        "digits", a folder of images (test/CLASS/*.png and train/CLASS/*.png), or module:function
-        that returns evenkeel.data.Data.
+        "digits", a folder of images (test/CLASS/IMAGE.png and train/CLASS/IMAGE.png), or
+        module:function that returns evenkeel.data.Data.
     mean
         Taken off the pixels of a folder of images, which are in 0..1; one number or one per
         channel.
@@ -68,12 +70,13 @@ def audit(
         classify, regress, or module:Class.
     device
         Names, with levels: pcm gaussian:0.05 stuck_at:0.01, or module:Class. The verdict is on the
-        first. `evenkeel devices` lists them.
+        first. `evenkeel devices` lists them. Default: pcm; without MODEL also some levels of
+        gaussian.
     age
-        Times since programming, such as 0,1h,1d,1mo,1y.
+        Times since programming. Default: 0,1h,1d,1mo,1y.
     remedy
-        Rows of remedies, such as none,drift,drift+calibrate; the first is what the others are
-        compared with.
+        Rows of remedies; the first is what the others are compared with. Default, as far as the
+        network has a use for them: none,drift,pooled,calibrate,drift+calibrate,clip+calibrate.
     chips
         How many chips of each device.
     until

@@ -86,6 +86,8 @@ def weight_layer(layer: nn.Module) -> WeightLayer | None:
     A subclass counts as its parent only while it keeps the parent's forward: one that does anything
     else with its weight is not guessed at. Parametrized layers keep it, so they are found.
     """
+    if "forward" in vars(layer):  # a wrapper has given this one a forward of its own
+        return None
     for kind in type(layer).__mro__:  # the nearest first
         if kind in _KINDS:
             same = type(layer) is kind or type(layer).forward is kind.forward

@@ -43,9 +43,11 @@ class BatchMoments:
         rows = x.detach().flatten(2) if x.dim() > 2 else x.detach().unsqueeze(2)  # (N, C, P)
         if rows.dtype not in (torch.float32, torch.float64):
             rows = rows.float()
-        mean_n = rows.mean(2)  # (N, C)
-        var_n = (rows - mean_n.unsqueeze(2)).square_().mean(2).double()  # (N, C)
-        mean_n = mean_n.double()
+        rough = rows.mean(2)  # (N, C)
+        about = rows - rough.unsqueeze(2)
+        rest = about.mean(2).double()  # what rounding has left of the mean
+        mean_n = rough.double() + rest
+        var_n = (about.square_().mean(2).double() - rest.square()).clamp_min(0)
         mean = mean_n.mean(0)  # (C,)
         deviation_n = var_n + (mean_n - mean).square()  # (N, C): sample n about the batch mean
         var = deviation_n.mean(0)

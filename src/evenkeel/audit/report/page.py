@@ -66,7 +66,7 @@ def _content(audit: "Audit") -> dict[str, Any]:
         "audit": audit,
         "colours": PAGE_COLOURS,
         "facts": audit.to_dict(),
-        "verdict": audit.verdict,
+        "verdict": [said.replace(" %", "\u00a0%") for said in audit.verdict],
         "worst": worst,
         "row": audit._work.plan.rows[headline.row],
         "efforts": EFFORTS,
