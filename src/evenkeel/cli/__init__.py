@@ -1,4 +1,4 @@
-"""The command line: ``evenkeel audit``, ``evenkeel devices``."""
+"""The command line: ``evenkeel audit``, ``evenkeel data``, ``evenkeel devices``."""
 
 import sys
 
@@ -10,6 +10,7 @@ def main() -> None:
     from cyclopts import App, CycloptsError
 
     from evenkeel.cli.audit import audit
+    from evenkeel.cli.data import data
     from evenkeel.cli.devices import devices
 
     app = App(
@@ -18,6 +19,7 @@ def main() -> None:
     )
     app.command(audit)
     app.command(devices)
+    app.command(data)
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=True)
     except CycloptsError:

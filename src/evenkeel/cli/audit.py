@@ -33,6 +33,7 @@ def audit(
     *,
     weights: str | None = None,
     data: str = "digits",
+    data_root: Path | None = None,
     mean: str = "0",
     std: str = "1",
     task: str = "classify",
@@ -59,8 +60,10 @@ def audit(
     weights
         Safetensors file of the network's weights; "own" where the factory loads them itself.
     data
-        "digits", a folder of images (test/CLASS/IMAGE.png and train/CLASS/IMAGE.png), or
-        module:function that returns evenkeel.data.Data.
+        "digits", "cifar10", "mnist", a folder of images (test/CLASS/IMAGE.png and
+        train/CLASS/IMAGE.png), or module:function that returns evenkeel.data.Data.
+    data_root
+        Where published sets lie, in their own layouts; default $EVENKEEL_DATA.
     mean
         Taken off the pixels of a folder of images, which are in 0..1; one number or one per
         channel.
@@ -97,7 +100,7 @@ def audit(
     require_writable_folder(out)
     if json_file is not None:
         require_writable_folder(json_file.parent)
-    samples = _data(data, _numbers(mean, "--mean"), _numbers(std, "--std"))
+    samples = _data(data, data_root, _numbers(mean, "--mean"), _numbers(std, "--std"))
     with _progress(console) as bar:
         network = _demo(out, samples, bar) if model is None else network_from(model, weights)
         job = bar.add_task("trials", total=None)
@@ -175,18 +178,20 @@ def _demo(out: Path, samples: Any, bar: Progress) -> Any:
     return load(path)
 
 
-def _data(name: str, mean: list[float], std: list[float]) -> Any:
+def _data(name: str, root: Path | None, mean: list[float], std: list[float]) -> Any:
     from evenkeel.audit.names import import_from
 
     if name == "digits":
         return datasets.digits()
+    if name in datasets.SETS:
+        return datasets.SETS[name].read(datasets.folder_of(name, root))
     if Path(name).is_dir():
         return datasets.image_folder(name, mean=mean, std=std)
     if ":" in name:
         return datasets.as_data(import_from(name)())
     raise ConfigError(
-        f"No data set or folder {name!r}. {nearest(name, ['digits'])} Otherwise give a folder with "
-        f"test/CLASS/*.png and train/CLASS/*.png, or module:function."
+        f"No data set or folder {name!r}. {nearest(name, ['digits', *datasets.SETS])} Otherwise "
+        f"give a folder with test/CLASS/*.png and train/CLASS/*.png, or module:function."
     )
 
 

@@ -3,4 +3,8 @@
 from evenkeel.data.dataset import Data as Data
 from evenkeel.data.dataset import as_data as as_data
 from evenkeel.data.digits import digits as digits
+from evenkeel.data.fetch import fetch as fetch
 from evenkeel.data.folder import image_folder as image_folder
+from evenkeel.data.sets import SETS as SETS
+from evenkeel.data.sets import check as check
+from evenkeel.data.sets import folder_of as folder_of

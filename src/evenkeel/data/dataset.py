@@ -65,6 +65,14 @@ class Data:
         )
 
 
+BATCH = 250
+
+
+def batched(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Tensors cut into batches of equal samples, each a tuple."""
+    return list(zip(*(t.split(BATCH) for t in tensors), strict=True))
+
+
 def as_data(data: Any, calibration: Iterable[Batch] | None = None) -> Data:
     """Whatever the user has as :class:`Data`.
 

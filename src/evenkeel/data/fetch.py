@@ -1,0 +1,117 @@
+"""Downloads that go on where they were cut off, and are trusted only by their checksums."""
+
+import gzip
+import hashlib
+import tarfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from evenkeel.data.sets import check, data_root, standard_set
+from evenkeel.errors import ConfigError, StoreError
+from evenkeel.files import require_writable_folder, write_atomically
+
+ATTEMPTS = 5
+CHUNK = 1 << 20
+Progress = Callable[[str, int, int], None]
+
+
+def fetch(
+    name: str,
+    root: str | Path | None = None,
+    *,
+    mirror: str | None = None,
+    progress: Progress = lambda file, done, total: None,
+) -> Path:
+    """Download what is missing of a data set; returns its folder.
+
+    A file is there whole, with the right checksum, or not at all. A download that was cut off, by
+    the network or with the program, is continued by the next call.
+
+    Args:
+        name: of the set.
+        root: the data root; default by the environment.
+        mirror: a URL below which the archives lie, instead of their own.
+        progress: called with an archive's name, bytes done and bytes in all.
+
+    Raises:
+        StoreError: the server cannot be reached, or the folder cannot be written.
+        ConfigError: what came has another checksum.
+    """
+    chosen = standard_set(name)
+    folder = require_writable_folder(data_root(root) / chosen.folder)
+    for url in chosen.urls:
+        archive = url.rsplit("/", 1)[1]
+        wanted = _wanted(archive, chosen.files)
+        state = check(name, folder.parent)
+        if all(state[file] == "ok" for file in wanted):
+            continue
+        source = f"{mirror.rstrip('/')}/{archive}" if mirror else url
+        path = _download(source, folder / f".{archive}.part", archive, progress)
+        try:
+            for file, content in _unpacked(path, archive, wanted):
+                if hashlib.sha256(content).hexdigest() != chosen.files[file]:
+                    raise ConfigError(
+                        f"{file} from {source} has another checksum than the published set; it was "
+                        f"not kept. Try again, or another mirror."
+                    )
+                write_atomically(folder / file, content)
+        finally:
+            path.unlink()  # a whole archive that is wrong must not be continued
+    return folder
+
+
+def _wanted(archive: str, files: object) -> list[str]:
+    """The set's files that an archive holds."""
+    names = list(files)  # type: ignore[call-overload]
+    return names if archive.endswith(".tar.gz") else [archive.removesuffix(".gz")]
+
+
+def _unpacked(path: Path, archive: str, wanted: list[str]) -> Iterator[tuple[str, bytes]]:
+    try:
+        if not archive.endswith(".tar.gz"):
+            yield wanted[0], gzip.decompress(path.read_bytes())
+            return
+        with tarfile.open(path) as tar:
+            for member in tar:
+                file = member.name.rsplit("/", 1)[-1]
+                if file in wanted and (reader := tar.extractfile(member)) is not None:
+                    yield file, reader.read()
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise ConfigError(f"{archive} is no whole archive: {error}. Try again.") from error
+
+
+def _download(url: str, part: Path, archive: str, progress: Progress) -> Path:
+    for attempt in range(ATTEMPTS):
+        try:
+            if _continue(url, part, archive, progress):
+                return part
+        except urllib.error.HTTPError as error:
+            if error.code == 416 and part.exists():  # nothing is left: it was whole already
+                return part
+            raise StoreError(f"Cannot fetch {url}: {error}.") from error
+        except OSError as error:
+            if attempt == ATTEMPTS - 1:
+                raise StoreError(
+                    f"Cannot fetch {url}: {error}. What came is kept; the same command goes on."
+                ) from error
+        time.sleep(min(2**attempt, 8) / 4)
+    raise StoreError(f"{url} broke off {ATTEMPTS} times; the same command goes on from there.")
+
+
+def _continue(url: str, part: Path, archive: str, progress: Progress) -> bool:
+    """Add to the part file what the server still has; whether it is whole then."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        if have and reply.status != 206:  # the server starts anew
+            have = 0
+        total = have + int(reply.headers.get("Content-Length") or 0)
+        with part.open("ab" if have else "wb") as file:
+            while chunk := reply.read(CHUNK):
+                file.write(chunk)
+                have += len(chunk)
+                progress(archive, have, total)
+    return have >= total

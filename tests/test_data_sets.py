@@ -1,0 +1,212 @@
+"""Published data sets: their real files where they are at hand, and a server of our own."""
+
+import gzip
+import hashlib
+import io
+import os
+import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evenkeel import data as datasets
+from evenkeel.data import sets
+from evenkeel.data.sets import SETS, StandardSet
+from evenkeel.errors import ConfigError, StoreError
+
+
+def real(name: str) -> Path:
+    try:
+        return datasets.folder_of(name)
+    except ConfigError:
+        pytest.skip(f"needs {name} under ${sets.ROOT_VARIABLE}")
+
+
+def test_real_cifar10():
+    data = SETS["cifar10"].read(real("cifar10"))
+    assert data.test_samples == 10_000
+    assert data.calibration_samples == 2600
+    assert torch.bincount(torch.cat([y for _, y in data.test])).tolist() == [1000] * 10
+    x, y = SETS["cifar10"].read_train(real("cifar10"))
+    assert torch.bincount(y).tolist() == [5000] * 10
+    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-3)
+    torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(3), rtol=0, atol=1e-3)
+    assert torch.equal(data.calibration[0][0], x[:250])
+    assert set(datasets.check("cifar10").values()) == {"ok"}
+
+
+def test_real_mnist():
+    data = SETS["mnist"].read(real("mnist"))
+    assert data.test_samples == 10_000
+    assert data.test[0][1][:5].tolist() == [7, 2, 1, 0, 4]  # as everybody knows them
+    x, y = SETS["mnist"].read_train(real("mnist"))
+    assert x.shape == (60_000, 1, 28, 28)
+    assert y[:5].tolist() == [5, 0, 4, 1, 9]
+    assert set(datasets.check("mnist").values()) == {"ok"}
+
+
+def test_the_layouts_are_read_byte_for_byte(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)
+    labels = np.array([3, 0, 9, 1], dtype=np.uint8)
+    records = np.concatenate([labels[:, None], pixels.reshape(4, -1)], 1)
+    for file in SETS["cifar10"].files:
+        (tmp_path / file).write_bytes(records.tobytes())
+    (tmp_path / "batches.meta.txt").write_text("\n".join("abcdefghij"))
+    (x, y), *_ = SETS["cifar10"].read(tmp_path).test
+    assert y.tolist() == labels.tolist()
+    back = x * torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
+    back += torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
+    assert (back * 255).round().byte().numpy().tolist() == pixels.tolist()
+
+    (tmp_path / "no-idx").write_bytes(b"\x89PNG")
+    with pytest.raises(ConfigError, match="no idx file"):
+        sets.mnist.__globals__["_idx"](tmp_path / "no-idx")
+
+
+# Fetching, from a server that may cut a download off
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A set of two files in a tar.gz and one in a .gz, in place of the published ones."""
+    contents = {
+        "a.bin": os.urandom(300_000), "b.bin": os.urandom(200_000), "c.bin": os.urandom(9)
+    }  # fmt: skip
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w:gz") as file:
+        for name in ("a.bin", "b.bin"):
+            info = tarfile.TarInfo(f"folder/{name}")
+            info.size = len(contents[name])
+            file.addfile(info, io.BytesIO(contents[name]))
+    archives = {"all.tar.gz": tar.getvalue(), "c.bin.gz": gzip.compress(contents["c.bin"])}
+    for name, files in (("packed", ["a.bin", "b.bin"]), ("single", ["c.bin"])):
+        archive = "all.tar.gz" if name == "packed" else "c.bin.gz"
+        described = StandardSet(
+            folder=name,
+            files={f: hashlib.sha256(contents[f]).hexdigest() for f in files},
+            urls=(f"http://nowhere.invalid/{archive}",),
+            notice="",
+            read=None,
+            read_train=None,
+        )
+        monkeypatch.setitem(SETS, name, described)
+    return contents, archives
+
+
+@pytest.fixture
+def server(small):
+    """Serves the archives; ``cut`` bytes per reply at most, where set; notes each Range asked."""
+    _, archives = small
+
+    class Handler(BaseHTTPRequestHandler):
+        cut, ranges, honour = None, [], True
+
+        def do_GET(self):
+            content = archives.get(self.path.strip("/"))
+            if content is None:
+                self.send_error(404)
+                return
+            asked = self.headers.get("Range")
+            self.ranges.append(asked)
+            start = int(asked[6:-1]) if asked and self.honour else 0
+            if start >= len(content):
+                self.send_error(416)
+                return
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            end = start + self.cut if self.cut else len(content)
+            self.wfile.write(content[start:end])
+
+        def log_message(self, *args):
+            pass
+
+    Handler.ranges = []
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}", Handler
+        http.shutdown()
+
+
+def test_a_whole_set_is_fetched_once(small, server, tmp_path):
+    url, handler = server
+    folder = datasets.fetch("packed", tmp_path, mirror=url)
+    assert {p.name for p in folder.iterdir()} == {"a.bin", "b.bin"}  # and nothing half-done
+    assert (folder / "b.bin").read_bytes() == small[0]["b.bin"]
+    assert datasets.check("packed", tmp_path) == {"a.bin": "ok", "b.bin": "ok"}
+    datasets.fetch("packed", tmp_path, mirror=url)
+    assert handler.ranges == [None]
+    datasets.fetch("single", tmp_path, mirror=url)
+    assert datasets.check("single", tmp_path) == {"c.bin": "ok"}
+
+
+def test_a_download_that_breaks_off_is_continued(small, server, tmp_path):
+    url, handler = server
+    handler.cut = 120_000  # of about 500,000: five replies
+    seen = []
+    datasets.fetch(
+        "packed", tmp_path, mirror=url, progress=lambda _, done, total: seen.append(done)
+    )
+    assert set(datasets.check("packed", tmp_path).values()) == {"ok"}
+    assert handler.ranges[0] is None
+    assert handler.ranges[1] == "bytes=120000-"
+    assert seen == sorted(seen)
+
+
+def test_the_next_call_continues_what_the_last_one_left(small, server, tmp_path):
+    url, handler = server
+    (tmp_path / "packed").mkdir()
+    part = tmp_path / "packed" / ".all.tar.gz.part"
+    part.write_bytes(small[1]["all.tar.gz"][:1000])
+    datasets.fetch("packed", tmp_path, mirror=url)
+    assert handler.ranges == ["bytes=1000-"]
+    (tmp_path / "packed" / "a.bin").unlink()
+    part.write_bytes(small[1]["all.tar.gz"])  # whole, but not unpacked yet
+    datasets.fetch("packed", tmp_path, mirror=url)
+    assert set(datasets.check("packed", tmp_path).values()) == {"ok"}
+
+
+def test_a_server_without_ranges_starts_anew(small, server, tmp_path):
+    url, handler = server
+    handler.honour = False
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / ".all.tar.gz.part").write_bytes(b"x" * 1000)
+    datasets.fetch("packed", tmp_path, mirror=url)
+    assert set(datasets.check("packed", tmp_path).values()) == {"ok"}
+
+
+def test_what_has_another_checksum_is_not_kept(small, server, tmp_path):
+    url, _ = server
+    small[1]["c.bin.gz"] = gzip.compress(b"another")
+    with pytest.raises(ConfigError, match="another checksum"):
+        datasets.fetch("single", tmp_path, mirror=url)
+    assert list((tmp_path / "single").iterdir()) == []
+    small[1]["c.bin.gz"] = b"no archive at all"
+    with pytest.raises(ConfigError, match="no whole archive"):
+        datasets.fetch("single", tmp_path, mirror=url)
+
+
+def test_a_damaged_file_is_found_and_fetched_again(small, server, tmp_path):
+    url, _ = server
+    folder = datasets.fetch("packed", tmp_path, mirror=url)
+    (folder / "a.bin").write_bytes(b"damaged")
+    assert datasets.check("packed", tmp_path) == {"a.bin": "damaged", "b.bin": "ok"}
+    datasets.fetch("packed", tmp_path, mirror=url)
+    assert set(datasets.check("packed", tmp_path).values()) == {"ok"}
+
+
+def test_errors(server, tmp_path, monkeypatch):
+    url, _ = server
+    with pytest.raises(StoreError, match="404"):
+        datasets.fetch("single", tmp_path, mirror=f"{url}/elsewhere")
+    with pytest.raises(ConfigError, match="Did you mean 'cifar10'"):
+        datasets.check("cifar", tmp_path)
+    with pytest.raises(ConfigError, match="evenkeel data fetch mnist"):
+        datasets.folder_of("mnist", tmp_path)
+    monkeypatch.delenv(sets.ROOT_VARIABLE, raising=False)
+    with pytest.raises(ConfigError, match="--data-root"):
+        datasets.folder_of("mnist")
