@@ -56,7 +56,7 @@ $(VENV)/.ready: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready
-	$(PIP) -c constraints.txt -e ".[demo,results]" --group test
+	$(PIP) -c constraints.txt -e ".[demo,results,train]" --group test
 	touch $@
 
 $(VENV)/.ready-docs: $(VENV)/.ready-test

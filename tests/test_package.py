@@ -14,7 +14,7 @@ import evenkeel as ek
 SOURCE = Path(ek.__file__).parent
 SURFACE = Path(__file__).with_name("api_surface.json")
 
-GROUND = {"errors", "files", "batches", "protocols", "draws", "layers", "moments"}
+GROUND = {"errors", "files", "batches", "protocols", "provenance", "draws", "layers", "moments"}
 METHODS = {"analog", "calibrate"}
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
@@ -51,7 +51,7 @@ def test_every_room_has_its_rule():
 
 
 HEAVY = ["altair", "vl_convert", "scipy", "cyclopts", "rich", "jinja2", "sklearn", "loky", "PIL",
-         "xarray", "torchvision", "dask", "pandas"]  # fmt: skip
+         "xarray", "lightning_fabric", "torchvision", "dask", "pandas"]  # fmt: skip
 
 
 def test_an_import_is_cheap_and_silent():

@@ -3,13 +3,10 @@
 import contextlib
 import copy
 import inspect
-import platform
 import re
-import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from evenkeel.data.dataset import fingerprint
 from evenkeel.errors import ConfigError
 from evenkeel.models import config_of
 from evenkeel.protocols import Device, Remedy, Task
+from evenkeel.provenance import environment
 
 AGES = (0, "1h", "1d", "1mo", "1y")
 REMEDIES = ("none", "drift", "pooled", "calibrate", "drift+calibrate", "clip+calibrate")
@@ -235,19 +233,6 @@ def _too_wide(
     return [cell for cell in by_cell if cell[:2] in places]
 
 
-def _commit() -> str | None:
-    """The commit that runs, where evenkeel runs from a checkout of its own."""
-    here = Path(__file__).resolve()
-    if not (here.parents[3] / ".git").exists():
-        return None
-    git = ["git", "-C", str(here.parents[3])]
-    head = subprocess.run(
-        [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    edited = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "src"], check=False).returncode
-    return f"{head}{'-dirty' if edited else ''}" if head else None
-
-
 def _provenance(
     work: Workload,
     counts: dict[tuple[int, float, int], int],
@@ -258,11 +243,7 @@ def _provenance(
     plan = work.plan
     return {
         "command": command,
-        "evenkeel": version("evenkeel"),
-        "commit": _commit(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
+        **environment(),
         "data": work.data.name,
         "test_samples": work.data.test_samples,
         "calibration_samples": work.data.calibration_samples,

@@ -1,4 +1,4 @@
-"""The command line: ``evenkeel audit``, ``evenkeel data``, ``evenkeel devices``."""
+"""The command line: ``evenkeel audit``, ``train``, ``data``, ``devices``."""
 
 import sys
 
@@ -12,6 +12,7 @@ def main() -> None:
     from evenkeel.cli.audit import audit
     from evenkeel.cli.data import data
     from evenkeel.cli.devices import devices
+    from evenkeel.cli.train import train
 
     app = App(
         name="evenkeel",
@@ -20,6 +21,7 @@ def main() -> None:
     app.command(audit)
     app.command(devices)
     app.command(data)
+    app.command(train)
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=True)
     except CycloptsError:

@@ -77,3 +77,9 @@ class ResNet(nn.Module):
 def resnet8_digits(num_classes: int = 10, in_channels: int = 1) -> ResNet:
     """8 layers, 48k weights, for 8x8 digits."""
     return ResNet(num_classes, in_channels, widths=(16, 32, 48), blocks=1)
+
+
+@architecture("resnet14_cifar10")
+def resnet14_cifar10(num_classes: int = 10, in_channels: int = 3) -> ResNet:
+    """14 layers, 175k weights, for 32x32 colour images."""
+    return ResNet(num_classes, in_channels, widths=(16, 32, 64), blocks=2)

@@ -1,10 +1,18 @@
-"""A plain training loop for small networks."""
+"""A plain training loop, resumable after a kill, on one device or many."""
 
+import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from evenkeel.train import checkpoint as checkpoints
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 def fit(
@@ -15,8 +23,12 @@ def fit(
     epochs: int = 12,
     batch_size: int = 64,
     learning_rate: float = 0.2,
+    augment: Callable[[Tensor], Tensor] = lambda x: x,
     seed: int = 0,
+    fabric: "Fabric | None" = None,
+    checkpoint: Path | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda facts: None,
 ) -> nn.Module:
     """Train a classifier with SGD and a one-cycle schedule; the global generator is put back.
 
@@ -25,32 +37,72 @@ def fit(
         x: inputs (N, ...).
         y: labels (N,).
         epochs: passes over the data.
-        batch_size: samples per step; a last incomplete batch is dropped, as it is different in
-            every epoch.
+        batch_size: samples per step over all processes; a last incomplete batch is dropped, as it
+            is different in every epoch.
         learning_rate: peak of the schedule.
-        seed: of the initialisation and the order.
+        augment: changes a batch of inputs.
+        seed: of the initialisation, the order and the augmentation.
+        fabric: a launched lightning-fabric ``Fabric``, for its devices and precision.
+        checkpoint: file to go on from, written after every epoch. A run that was killed ends as one
+            that was not.
         on_step: called with steps done and steps in all.
+        on_epoch: called with an epoch's number, mean loss and seconds.
 
     Returns:
         The network in eval mode.
     """
-    steps_per_epoch = len(x) // batch_size
-    total = epochs * steps_per_epoch
+    steps = len(x) // batch_size  # of an epoch
+    rank, world = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
+    identity = {
+        "samples": len(x),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make_model().train()
         optimizer = torch.optim.SGD(
             model.parameters(), lr=learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
         )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=total)
-        for step in range(total):
-            if step % steps_per_epoch == 0:
-                order = torch.randperm(len(x))
-            at = step % steps_per_epoch * batch_size
-            batch = order[at : at + batch_size]
-            optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(model(x[batch]), y[batch]).backward()
-            optimizer.step()
-            schedule.step()
-            on_step(step + 1, total)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, learning_rate, total_steps=epochs * steps
+        )
+        parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+        first = _go_on(parts, checkpoint, identity)
+        network: Any = model
+        stepper: Any = optimizer
+        if fabric is not None:
+            network, stepper = fabric.setup(model, optimizer)
+        for epoch in range(first, epochs):
+            started, total_loss = time.perf_counter(), 0.0
+            order = torch.randperm(len(x))
+            for step in range(steps):
+                batch = order[step * batch_size : (step + 1) * batch_size][rank::world]
+                inputs, labels = augment(x[batch]), y[batch]
+                if fabric is not None:
+                    inputs, labels = fabric.to_device((inputs, labels))
+                stepper.zero_grad(set_to_none=True)
+                loss = F.cross_entropy(network(inputs), labels)
+                fabric.backward(loss) if fabric is not None else loss.backward()
+                stepper.step()
+                schedule.step()
+                total_loss += float(loss.detach())
+                on_step(epoch * steps + step + 1, epochs * steps)
+            if checkpoint is not None and rank == 0:
+                state = {name: part.state_dict() for name, part in parts.items()}
+                checkpoints.store(checkpoint, identity, {"epoch": epoch + 1, **state})
+            seconds = time.perf_counter() - started
+            on_epoch({"epoch": epoch + 1, "loss": total_loss / steps, "seconds": seconds})
     return model.eval()
+
+
+def _go_on(parts: dict[str, Any], checkpoint: Path | None, identity: dict[str, Any]) -> int:
+    """Load a checkpoint into the parts, if there is one; the epoch to start with."""
+    state = checkpoints.restore(checkpoint, identity) if checkpoint is not None else None
+    if state is None:
+        return 0
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return int(state["epoch"])

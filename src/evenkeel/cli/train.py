@@ -1,0 +1,137 @@
+"""``evenkeel train``."""
+
+import dataclasses
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from evenkeel import data as datasets
+from evenkeel.audit.run import evaluate
+from evenkeel.audit.tasks import Classify
+from evenkeel.errors import MissingExtraError
+from evenkeel.files import require_writable_folder, write_atomically
+from evenkeel.models import build
+from evenkeel.provenance import environment
+from evenkeel.saving import save
+from evenkeel.train import crop_and_flip, fit, recipe
+
+
+def train(
+    name: str,
+    /,
+    *,
+    out: Path,
+    data_root: Path | None = None,
+    epochs: int | None = None,
+    seed: int | None = None,
+) -> None:
+    """Train a reference network by a recipe; killed, the same command goes on after the last epoch.
+
+    The test samples are looked at once, at the end. On many devices, start it by torchrun.
+
+    Parameters
+    ----------
+    name
+        Of the recipe: digits or cifar10.
+    out
+        Safetensors file for the network; its log is written beside it, as .json.
+    data_root
+        Where published sets lie; default $EVENKEEL_DATA.
+    epochs
+        Another number of passes than the recipe's.
+    seed
+        Another seed than the recipe's.
+    """
+    changed = {k: v for k, v in {"epochs": epochs, "seed": seed}.items() if v is not None}
+    chosen = dataclasses.replace(recipe(name), **changed)  # type: ignore[arg-type]
+    require_writable_folder(out.parent)
+    samples, (x, y) = _data(chosen.data, data_root)
+    fabric = _fabric(chosen.precision)
+    console = Console(quiet=fabric.global_rank > 0)
+    log_path, checkpoint = out.with_suffix(".json"), out.with_suffix(".checkpoint")
+    going_on = checkpoint.exists() and log_path.exists()
+    log = json.loads(log_path.read_text())["epochs"] if going_on else []
+    facts: dict[str, Any] = {
+        "command": shlex.join(["evenkeel", *sys.argv[1:]]),
+        "recipe": dataclasses.asdict(chosen),
+        "environment": environment(),
+        "epochs": log,
+    }
+    with _progress(console) as bar:
+        job = bar.add_task("training", total=None)
+
+        def note(epoch: dict[str, Any]) -> None:
+            log.append(epoch)
+            if fabric.global_rank == 0:
+                write_atomically(log_path, json.dumps(facts, indent=1).encode())
+            bar.console.print(
+                f"epoch {epoch['epoch']}: loss {epoch['loss']:.4f}, {epoch['seconds']:.0f} s",
+                highlight=False,
+            )
+
+        network = fit(
+            lambda: build(chosen.architecture).to(memory_format=torch.channels_last),
+            x,
+            y,
+            epochs=chosen.epochs,
+            batch_size=chosen.batch_size,
+            learning_rate=chosen.learning_rate,
+            augment=crop_and_flip if chosen.augment else lambda x: x,
+            seed=chosen.seed,
+            fabric=fabric,
+            checkpoint=checkpoint,
+            on_step=lambda done, total: bar.update(job, completed=done, total=total),
+            on_epoch=note,
+        )
+    if fabric.global_rank > 0:
+        return
+    network = network.cpu().to(memory_format=torch.contiguous_format)
+    task = Classify()
+    facts["test_accuracy"] = task.value(evaluate(network, samples, task))
+    facts["test_samples"] = samples.test_samples
+    facts["parameters"] = sum(p.numel() for p in network.parameters())
+    save(network, out, recipe=name, test_accuracy=facts["test_accuracy"])
+    write_atomically(log_path, json.dumps(facts, indent=1).encode())
+    checkpoint.unlink(missing_ok=True)
+    console.print(
+        f"{out}: {facts['parameters']:,} parameters, test accuracy "
+        f"{facts['test_accuracy']:.2f} % on {facts['test_samples']} samples.",
+        highlight=False,
+    )
+
+
+def _data(name: str, root: Path | None) -> tuple[datasets.Data, tuple[Tensor, Tensor]]:
+    if name == "digits":
+        samples = datasets.digits()
+        assert samples.train is not None
+        return samples, samples.train
+    folder = datasets.folder_of(name, root)
+    return datasets.SETS[name].read(folder), datasets.SETS[name].read_train(folder)
+
+
+def _fabric(precision: str) -> Any:
+    try:
+        from lightning_fabric import Fabric
+    except ImportError as error:
+        raise MissingExtraError("evenkeel train", "train") from error
+    fabric = Fabric(precision=precision)  # type: ignore[arg-type]
+    fabric.launch()
+    return fabric
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )

@@ -1,0 +1,54 @@
+"""How the reference networks are trained, each by its name alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from evenkeel.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Data, architecture and the settings of :func:`evenkeel.train.fit`.
+
+    Attributes:
+        architecture: a name that :func:`evenkeel.models.build` knows.
+        data: "digits", or the name of a published set.
+        epochs: passes over the training data.
+        batch_size: samples per step, over all processes.
+        learning_rate: peak of the one-cycle schedule.
+        augment: random crops of images padded by 4 pixels, and mirror images.
+        precision: as lightning-fabric names it: "32-true" or "bf16-mixed".
+        seed: of initialisation, order and augmentation.
+    """
+
+    architecture: str
+    data: str
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    augment: bool = False
+    precision: str = "32-true"
+    seed: int = 0
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "digits": Recipe(
+        architecture="resnet8_digits", data="digits", epochs=12, batch_size=64, learning_rate=0.2
+    ),
+    "cifar10": Recipe(
+        architecture="resnet14_cifar10",
+        data="cifar10",
+        epochs=30,
+        batch_size=128,
+        learning_rate=0.4,
+        augment=True,
+        precision="bf16-mixed",
+    ),
+}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name."""
+    if name not in RECIPES:
+        raise ConfigError(f"Unknown recipe {name!r}. {nearest(name, RECIPES)}")
+    return RECIPES[name]
