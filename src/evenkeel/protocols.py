@@ -109,8 +109,9 @@ Remedy = SharedRemedy | ChipRemedy
 class Task(Protocol):
     """What a batch, a prediction and the metric are."""
 
-    metric: str
-    """What is measured, such as "accuracy"; in points of 100, higher is better."""
+    @property
+    def metric(self) -> str:
+        """What is measured, such as "accuracy"; in points of 100, higher is better."""
 
     def check(self, model: nn.Module, batches: Sequence[Any], classes: Sequence[str]) -> None:
         """Raise ConfigError where the network does not fit the data."""

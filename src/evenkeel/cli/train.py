@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 from evenkeel import data as datasets
 from evenkeel.audit.run import evaluate
@@ -77,7 +77,7 @@ def train(
             )
 
         network = fit(
-            lambda: build(chosen.architecture).to(memory_format=torch.channels_last),
+            lambda: _laid_out(build(chosen.architecture), torch.channels_last),
             x,
             y,
             epochs=chosen.epochs,
@@ -92,7 +92,7 @@ def train(
         )
     if fabric.global_rank > 0:
         return
-    network = network.cpu().to(memory_format=torch.contiguous_format)
+    network = _laid_out(network.cpu(), torch.contiguous_format)
     task = Classify()
     facts["test_accuracy"] = task.value(evaluate(network, samples, task))
     facts["test_samples"] = samples.test_samples
@@ -105,6 +105,11 @@ def train(
         f"{facts['test_accuracy']:.2f} % on {facts['test_samples']} samples.",
         highlight=False,
     )
+
+
+def _laid_out(network: nn.Module, memory_format: torch.memory_format) -> nn.Module:
+    """Convolutions follow the layout of their weights; channels last is the faster to train."""
+    return network.to(memory_format=memory_format)  # type: ignore[call-overload,no-any-return]
 
 
 def _data(name: str, root: Path | None) -> tuple[datasets.Data, tuple[Tensor, Tensor]]:

@@ -69,7 +69,7 @@ def fit(
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, learning_rate, total_steps=epochs * steps
         )
-        parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+        parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
         first = _go_on(parts, checkpoint, identity)
         network: Any = model
         stepper: Any = optimizer
