@@ -389,3 +389,11 @@ def test_behind_a_relu_a_third_of_a_weight_errors_power_is_an_offset():
     moments = BatchMoments.of(x @ error.T)  # what zero-mean weight errors add to 256 outputs
     power = moments.mean.square() + moments.var
     assert float(moments.mean.square().sum() / power.sum()) == pytest.approx(1 / torch.pi, abs=0.02)
+
+
+def test_what_the_gate_refused_is_not_exported(network, data):
+    before = statistics(network)
+    refused = ek.calibrate_(network, images(data, 8), shrinkage=None)
+    assert not refused.kept
+    network.load_state_dict(refused.state_dict(), strict=False)
+    assert same(before, statistics(network))

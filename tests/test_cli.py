@@ -2,8 +2,10 @@ import json
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,8 @@ BAD = {
     "no module": (("mine:no_module", "--weights", "own"), "must give a torch.nn.Module"),
     "unwritable output": ((*NET, "--out", "/proc/audit"), "Cannot write into"),
     "output is a file": ((*NET, "--out", "mine.py/x"), "Cannot write into"),
+    "weights of no one": (("--weights", "weights.safetensors"), "needs the MODEL"),
+    "weights twice": (("saved.safetensors", *NET[1:]), "has its weights in it"),
     "unknown option": (("mine:network", "--wights", "x"), "wights"),
 }  # fmt: skip
 
@@ -146,6 +150,7 @@ def test_bad_input(case, here, monkeypatch, capsys, network):
     bad = {k: v.clone() for k, v in network.state_dict().items()}
     bad["stem.0.weight"][0] = torch.nan
     save_file(bad, "nan.safetensors")
+    ek.save(network, "saved.safetensors")
 
     arguments, says = BAD[case]
     code, out, err = command(monkeypatch, capsys, "audit", *arguments)
@@ -166,3 +171,17 @@ def test_the_program_itself_exits_with_2_and_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_ctrl_c_says_what_to_do(here, network):
+    program = Path(sys.executable).with_name("evenkeel")
+    options = ["--chips", "400", "--device", "gaussian:0.1", "--workers", "0", "--out", "o"]
+    arguments = [program, "audit", "mine:network", "--weights", "weights.safetensors", *options]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as run:
+        while not (here / "o" / "audit.db").exists():
+            time.sleep(0.1)
+        time.sleep(2)
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate()
+    assert run.returncode == 130
+    assert b"the same command goes on" in errors

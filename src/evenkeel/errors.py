@@ -12,10 +12,6 @@ class ConfigError(EvenkeelError, ValueError):
     """An argument, an option or a file's content does not fit."""
 
 
-class ShapeError(EvenkeelError, ValueError):
-    """A tensor has another shape than the operation needs."""
-
-
 class CalibrationError(EvenkeelError, ValueError):
     """A network could not be calibrated; it has been left as it was."""
 

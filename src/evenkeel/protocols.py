@@ -128,6 +128,9 @@ class Task(Protocol):
     def interval(self, sums: Tensor) -> tuple[float, float] | None:
         """95 % interval of the metric for the finite number of test samples, where there is one."""
 
+    def errors(self, output: Any, batch: Any) -> Tensor:
+        """How wrong each sample is, (N,), 0 for right; the report shows the worst."""
+
     def draw(self, batch: Any, index: int, outputs: dict[str, Any], classes: Sequence[str]) -> str:
         """HTML of one sample and of what each named output makes of it."""
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,8 @@ def commit() -> str | None:
     """The commit that runs, where evenkeel runs from a checkout of its own."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
+        return None
+    if shutil.which("git") is None:
         return None
     git = ["git", "-C", str(root)]
     asked = [*git, "rev-parse", "--short=12", "HEAD"]

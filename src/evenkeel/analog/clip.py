@@ -50,7 +50,7 @@ def _assign(module: nn.Module, weight: Tensor, path: str) -> None:
     """Set a parametrized weight, where its parametrization can be inverted."""
     try:
         module.weight = weight
-    except NotImplementedError as error:
+    except (NotImplementedError, RuntimeError) as error:
         raise ConfigError(
             f"The weight of '{path}' is parametrized in a way that cannot be set. Remove the "
             f"parametrization first: torch.nn.utils.parametrize.remove_parametrizations."

@@ -4,10 +4,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from evenkeel.analog.chip import Chip
 from evenkeel.analog.clip import clip_weights_
 from evenkeel.analog.compensation import CompensatePer, compensate_drift_
+from evenkeel.layers import weight_layer
 from evenkeel.protocols import Bench
 
 
@@ -57,6 +59,15 @@ class ClipWeights:
     def name(self) -> str:
         """With the setting, where it is not the default."""
         return "clip" if self.deviations == type(self).deviations else f"clip:{self.deviations:g}"
+
+    def why_not(self, model: nn.Module) -> str | None:
+        """It must be able to set the weights."""
+        for path, module in model.named_modules():
+            if weight_layer(module) is not None and parametrize.is_parametrized(module, "weight"):
+                steps = module.parametrizations["weight"]
+                if not all(hasattr(step, "right_inverse") for step in steps):
+                    return f"The weight of '{path}' is parametrized in a way that cannot be set."
+        return None
 
     def prepare_(self, model: nn.Module, bench: Bench) -> None:
         """Clip every layer that can be programmed."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import re
 import time
@@ -28,6 +29,8 @@ from evenkeel.provenance import environment
 
 AGES = (0, "1h", "1d", "1mo", "1y")
 REMEDIES = ("none", "drift", "pooled", "calibrate", "drift+calibrate", "clip+calibrate")
+LEAST_CHIPS = 8
+"""What ``until`` starts from: fewer can look alike by chance."""
 MAX_CHIPS = 512
 """Where adding chips for ``until`` ends."""
 
@@ -93,14 +96,22 @@ def audit(
         ['none', 'clip']
     """
     started = time.perf_counter()
+    shuffled = isinstance(getattr(data, "sampler", None), torch.utils.data.RandomSampler)
     data = as_data(data, calibration)
     rows, notes = _rows(model, remedies)
+    if shuffled:
+        notes.append(
+            "The loader shuffles, so the batches are other ones at every run and no finished trial "
+            "is found again: use shuffle=False."
+        )
     plan, model = _checked_plan(model, data, task, devices, ages, rows, seed)
     if chips < 1:
         raise ConfigError(f"chips must be 1 or more; got {chips}.")
     if until is not None and not until > 0:
         raise ConfigError(f"until must be a number of points above 0; got {until}.")
-    work = Workload(model, data, plan)
+    if until is not None:
+        chips = max(chips, LEAST_CHIPS)
+    work = Workload(model, dataclasses.replace(data, train=None), plan)
     digital_layers = _first_chip(plan, model).digital
     options: dict[str, Any] = {"executor": executor, "workers": workers, "progress": progress}
     with Store(store) as kept:
@@ -160,13 +171,15 @@ def _checked_plan(
     seed: int,
 ) -> tuple[Plan, nn.Module]:
     for name, value in (("devices", devices), ("ages", ages)):
-        if isinstance(value, str) or not value:
+        if isinstance(value, str) or not isinstance(value, Sequence) or not value:
             raise ConfigError(f"{name} must be a list with at least one entry; got {value!r}.")
     chosen: Task = resolve("tasks", task) if isinstance(task, str) else task
     model = getattr(model, "_orig_mod", model)  # a compiled wrapper's own network
     if any(module.training for module in model.modules()):
         model = copy.deepcopy(model).eval()
     for name, value in model.state_dict().items():
+        if isinstance(value, torch.Tensor) and value.is_meta:
+            raise ConfigError(f"The network has no weights yet: '{name}' is on the meta device.")
         if isinstance(value, torch.Tensor) and not bool(torch.isfinite(value).all()):
             raise ConfigError(
                 f"The network's weights must be finite; '{name}' holds NaN or infinity. Check the "
@@ -201,7 +214,22 @@ def _model_fingerprint(model: nn.Module) -> str:
             with contextlib.suppress(OSError, TypeError):  # typed into a shell, or compiled
                 code.append(inspect.getsource(kind))
     structure = re.sub(r"0x[0-9a-f]+", "", repr(model))
-    return fingerprint([type(model).__qualname__, structure, code, dict(model.state_dict())])
+    settings = [
+        (path, name, repr(value))
+        for path, module in model.named_modules()
+        for name, value in sorted(vars(module).items())
+        if not name.startswith("_") and name != "training" and _is_plain(value)
+    ]
+    tensors = dict(model.state_dict()) | dict(model.named_buffers())  # those not saved, too
+    return fingerprint([type(model).__qualname__, structure, settings, code, tensors])
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(_is_plain(item) for pair in value.items() for item in pair)
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _first_chip(plan: Plan, model: nn.Module) -> Any:
@@ -247,6 +275,7 @@ def _provenance(
         "data": work.data.name,
         "test_samples": work.data.test_samples,
         "calibration_samples": work.data.calibration_samples,
+        "shared_samples": work.data.shared_samples(),
         "rebuilds": config_of(work.model) is not None,
         "model_fingerprint": plan.model,
         "data_fingerprint": plan.data,

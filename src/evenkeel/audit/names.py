@@ -56,18 +56,19 @@ def import_from(text: str) -> Any:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not (module + ".").startswith(error.name + "."):
             raise  # the module is there; something that it imports is not
         raise ConfigError(
             f"No module named {module!r} for {text!r}; it must be installed or lie in this folder."
         ) from error
-    except AttributeError as error:
+    if not hasattr(found, attribute):
         raise ConfigError(
             f"Module {module!r} has no {attribute!r}. "
-            f"{nearest(attribute, [n for n in dir(sys.modules[module]) if n[0] != '_'])}"
-        ) from error
+            f"{nearest(attribute, [n for n in dir(found) if n[0] != '_'])}"
+        )
+    return getattr(found, attribute)
 
 
 def _value(text: str) -> float | str | bool | None:

@@ -35,7 +35,7 @@ def parse_age(text: str | float) -> float:
     if isinstance(text, int | float):
         seconds = float(text)
     else:
-        match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?\d+)?)\s*([a-z]*)\s*", text.lower())
+        match = re.fullmatch(r"\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z]*)\s*", text.lower())
         if match is None or (match[2] or "s") not in _UNITS:
             raise ConfigError(
                 f"An age is a number and a unit, such as 0, 1h, 1d, 1mo or 1y; got {text!r}. "

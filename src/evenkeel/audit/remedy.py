@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -133,15 +133,15 @@ class FitBench:
 
     def behind(self, parts: tuple[Remedy, ...]) -> "FitBench":
         """The bench for a remedy that comes after ``parts``."""
-        return FitBench(
-            self.batches, self.forward, self.device, self.ages_s, self.seed, self.num_chips, parts
-        )
+        return replace(self, before=parts)
 
     def chips(self, model: nn.Module) -> Iterator[Any]:
         """Each fitting chip at each audited age, with the remedies before this one done."""
         for k in range(self.num_chips):
-            chip = self.device.program(model, seed=fitting_seed(self.seed, k))
+            chip = None
             for age_s in self.ages_s:
+                if chip is None or self.before:  # mended once, a chip is no fresh one any more
+                    chip = self.device.program(model, seed=fitting_seed(self.seed, k))
                 chip.age_(age_s)
                 chip.rewind_("fit")
                 for part in self.before:

@@ -1,5 +1,6 @@
 """The result of an audit: figures for people, for machines, and the mended network."""
 
+import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -67,6 +68,7 @@ class Audit:
         return sentences(
             first,
             self._work.plan.rows[first.row],
+            self._work.plan.rows[0],
             network=self.network,
             metric=self.metric,
             digital=self.digital,
@@ -93,7 +95,7 @@ class Audit:
         chip: that is :attr:`recipe`. Where the remedy changes nothing beforehand, this is a copy of
         the network as it came.
         """
-        return self._work.prepared(0, self.verdicts[0].row)
+        return copy.deepcopy(self._work.prepared(0, self.verdicts[0].row))
 
     @property
     def recipe(self) -> list[str]:
@@ -122,10 +124,11 @@ class Audit:
     def rich_table(self) -> Any:
         """All cells as a rich table, narrow enough for 80 columns; the rest is in the report."""
         from rich import box
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(
-            title=f"{self.network}: {self.metric} in %; digital {self.digital:.1f}",
+            title=f"{escape(self.network)}: {self.metric} in %; digital {self.digital:.1f}",
             box=box.SIMPLE_HEAD,
         )
         table.add_column("on", overflow="fold")
@@ -138,8 +141,8 @@ class Audit:
         for cell in self.cells:
             here = f"{cell.device} {age_label(cell.age_s) if cell.age_s else ''}"
             row = [
-                "" if here == above else here,
-                cell.remedy,
+                "" if here == above else escape(here),
+                escape(cell.remedy),
                 points(cell).removesuffix(" %"),
                 f"{cell.worst:.1f} (#{cell.worst_chip})",
                 "" if cell.gain is None else _signed(cell),

@@ -1,6 +1,7 @@
 """Running trials: in worker processes, in this one, or on any executor."""
 
 import functools
+import math
 import multiprocessing
 import os
 import tempfile
@@ -20,6 +21,7 @@ from evenkeel.audit.remedy import FitBench
 from evenkeel.audit.store import Store
 from evenkeel.data import Data
 from evenkeel.errors import ConfigError, WorkerError
+from evenkeel.layers import register_weight_layer, registered_kinds
 from evenkeel.protocols import Task
 
 Progress = Callable[[int, int], None]
@@ -71,8 +73,16 @@ def run_trial(work: Workload, prepared: nn.Module, trial: Trial) -> dict[str, An
     started = time.perf_counter()
     chip, facts = mended_chip(work, prepared, trial)
     sums = evaluate(chip, work.data, work.plan.task)
+    value = work.plan.task.value(sums)
+    if not math.isfinite(value):
+        plan = work.plan
+        raise ConfigError(
+            f"The {plan.task.metric} of chip {trial.chip} on {plan.devices[trial.device].name} "
+            f"with {plan.rows[trial.row].name} is {value}: the network's outputs on it are not "
+            f"finite. Leave this device or remedy out."
+        )
     return {
-        "value": work.plan.task.value(sums),
+        "value": value,
         "sums": sums.tolist(),
         "facts": facts,
         "digital": chip.digital,
@@ -112,8 +122,8 @@ def run(
         return results
     with tempfile.TemporaryDirectory(prefix="evenkeel-") as folder:
         path = Path(folder) / "workload.pickle"
-        path.write_bytes(cloudpickle.dumps(work))
-        pool = executor or _local_processes(workers)
+        path.write_bytes(cloudpickle.dumps((work, registered_kinds())))
+        pool = executor or _local_processes(workers, work.plan.model)
         _gather(pool, str(path), pending, keep)
     return results
 
@@ -131,14 +141,20 @@ def num_workers(asked: int | None) -> int:
     return asked
 
 
-def _local_processes(workers: int) -> Executor:
+def _local_processes(workers: int, fingerprint: str) -> Executor:
     from loky import get_reusable_executor
 
-    # One thread each: the cores are taken by the workers, and sums come out the same everywhere.
+    # The fingerprint is there to be compared: for another network, or one whose code was edited,
+    # processes that still hold the old code are not used again.
     pool: Executor = get_reusable_executor(
-        max_workers=workers, timeout=30, initializer=torch.set_num_threads, initargs=(1,)
+        max_workers=workers, timeout=30, initializer=_start_worker, initargs=(fingerprint,)
     )
     return pool
+
+
+def _start_worker(fingerprint: str) -> None:
+    # One thread each: the cores are taken by the workers, and sums come out the same everywhere.
+    torch.set_num_threads(1)
 
 
 def _gather(
@@ -178,7 +194,10 @@ def _in_worker(path: str, trial: Trial) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def _load(path: str) -> Workload:
-    work: Workload = cloudpickle.loads(Path(path).read_bytes())  # written by run() for this audit
+    work: Workload
+    work, kinds = cloudpickle.loads(Path(path).read_bytes())  # written by run() for this audit
+    for kind, weights in kinds.items():  # the user's own kinds of layers
+        register_weight_layer(kind, weights)
     return work
 
 

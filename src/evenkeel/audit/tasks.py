@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.audit.picture import inline_png
+from evenkeel.batches import size
 from evenkeel.errors import ConfigError
 
 
@@ -19,6 +20,7 @@ class Classify:
 
     def check(self, model: nn.Module, batches: Sequence[Any], classes: Sequence[str]) -> None:
         """The network must have an output for every label."""
+        _require_pairs(batches)
         with torch.no_grad():
             outputs = self.run(model, batches[0])
         if not isinstance(outputs, Tensor) or outputs.dim() != 2:
@@ -26,7 +28,12 @@ class Classify:
             raise ConfigError(
                 f"Classification needs outputs of shape (N, classes); the network gives {shape}."
             )
-        labels = torch.cat([batch[1].flatten() for batch in batches])
+        if any(batch[1].shape != (size(batch),) for batch in batches):
+            raise ConfigError(
+                f"Classification needs labels of shape (N,), a number for each sample; got "
+                f"{tuple(batches[0][1].shape)}. Use labels.squeeze(1), or argmax(1) if one-hot."
+            )
+        labels = torch.cat([batch[1] for batch in batches])
         needed = max(int(labels.max()) + 1, len(classes))
         if outputs.shape[1] != needed:
             known = f"{needed} classes" if classes else f"labels up to {needed - 1}"
@@ -57,6 +64,11 @@ class Classify:
         middle = (share + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
         return 100 * (middle - half), 100 * (middle + half)
+
+    def errors(self, output: Tensor, batch: Any) -> Tensor:
+        """1 for a wrong answer, 0 for a right one."""
+        wrong: Tensor = output.argmax(1) != batch[1]
+        return wrong.float()
 
     def draw(self, batch: Any, index: int, outputs: dict[str, Any], classes: Sequence[str]) -> str:
         """The image, its class, and what each network takes it for."""
@@ -91,14 +103,18 @@ class Regress:
     version: ClassVar[int] = 1
 
     def check(self, model: nn.Module, batches: Sequence[Any], classes: Sequence[str]) -> None:
-        """Outputs and targets must have one shape."""
+        """Outputs and targets must have one shape, and the targets some variance to explain."""
+        _require_pairs(batches)
         with torch.no_grad():
             output = self.run(model, batches[0])
-        if output.shape != batches[0][1].shape:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        if shape != tuple(batches[0][1].shape):
             raise ConfigError(
-                f"Regression needs outputs of the targets' shape; the network gives "
-                f"{tuple(output.shape)}, the targets are {tuple(batches[0][1].shape)}."
+                f"Regression needs outputs of the targets' shape; the network gives {shape}, the "
+                f"targets are {tuple(batches[0][1].shape)}."
             )
+        if not float(torch.cat([batch[1].flatten() for batch in batches]).double().var()) > 0:
+            raise ConfigError("Regression needs targets that differ; all of these are alike.")
 
     def run(self, model: nn.Module, batch: Any) -> Any:
         """The first item of a batch is the input."""
@@ -120,6 +136,11 @@ class Regress:
         """Not known from the sums."""
         return None
 
+    def errors(self, output: Tensor, batch: Any) -> Tensor:
+        """The squared error of each sample."""
+        squares: Tensor = (output - batch[1]).square()
+        return squares.flatten(1).sum(1)
+
     def draw(self, batch: Any, index: int, outputs: dict[str, Any], classes: Sequence[str]) -> str:
         """Target and predictions."""
         rows = "".join(
@@ -131,3 +152,12 @@ class Regress:
     def to_dict(self) -> dict[str, Any]:
         """Type and version."""
         return {"type": "Regress", "version": self.version}
+
+
+def _require_pairs(batches: Sequence[Any]) -> None:
+    first = batches[0]
+    if not (isinstance(first, tuple | list) and len(first) > 1 and isinstance(first[1], Tensor)):
+        raise ConfigError(
+            f"This task needs batches of (inputs, labels); got {type(first).__name__}. For batches "
+            f"of another form write a task of your own: see the guide."
+        )

@@ -10,6 +10,9 @@ from evenkeel.audit.summary import Cell
 WITHIN = 0.5
 """Points below the best row that a cheaper one may lie and still be recommended."""
 
+SAME = 0.1
+"""Points below which two means are told as one."""
+
 EFFORTS = (
     "no work at all",
     "one changed network for every chip, nothing to do on each",
@@ -36,6 +39,18 @@ class Verdict:
     best: Sequence[Cell]
     row: int
 
+    @property
+    def worst(self) -> Cell:
+        """The recommended row at its worst age."""
+        return min(self.recommended, key=lambda cell: cell.mean)
+
+    @property
+    def worst_raw(self) -> Cell:
+        """The first row at its worst age; at that of the recommended one where it is as bad."""
+        lowest = min(self.raw, key=lambda cell: cell.mean)
+        beside = next(cell for cell in self.raw if cell.age_s == self.worst.age_s)
+        return beside if beside.mean < lowest.mean + SAME else lowest
+
 
 def judge(rows: Sequence[Row], cells: Sequence[Sequence[Cell]], device: str) -> Verdict:
     """Choose among rows of remedies.
@@ -60,6 +75,7 @@ def points(cell: Cell) -> str:
 def sentences(
     verdict: Verdict,
     row: Row,
+    first: Row,
     *,
     network: str,
     metric: str,
@@ -69,23 +85,28 @@ def sentences(
     floor: float | None,
 ) -> list[str]:
     """The verdict in words, the most important first."""
-    worst = min(verdict.recommended, key=lambda cell: cell.mean)
-    raw = next(cell for cell in verdict.raw if cell.age_s == worst.age_s)
-    chips = len(worst.chips)
+    worst, raw = verdict.worst, verdict.worst_raw
     test = (
         ""
         if digital_interval is None
         else f" (95 % interval {digital_interval[0]:.1f} to {digital_interval[1]:.1f} % with "
         f"{test_samples} test samples)"
     )
-    when = f" {_when(worst.age_s)}" if len(verdict.raw) > 1 else ""
+    ages = len(verdict.raw) > 1
+    same = raw.age_s == worst.age_s
+    plain = not (first.per_chip or first.is_shared)
+    at = f" {_when(raw.age_s)}" if ages and same else ""
     said = [
-        f"{network} has {metric} {digital:.1f} % in digital arithmetic{test}; on {verdict.device}"
-        f"{when} it keeps {points(raw)}"
+        f"{network} has {metric} {digital:.1f} % in digital arithmetic{test}; "
+        f"on {verdict.device}{at} "
+        + ("it keeps " if plain else f"with {first.title} it keeps ")
+        + points(raw)
+        + ("" if same else f" at its worst, {_when(raw.age_s)}")
         + (
-            f", and with {row.title} {points(worst)}."
+            f", and with {row.title} {points(worst)}"
+            + ("." if same else f" at its worst, {_when(worst.age_s)}.")
             if worst.remedy != raw.remedy
-            else ". No remedy tried makes it better by more than half a point."
+            else ". No remedy tried raises its worst age by more than half a point."
         )
     ]
     if worst.remedy != raw.remedy:
@@ -96,10 +117,11 @@ def sentences(
         best = next((c for c in verdict.best if c.age_s == worst.age_s), worst)
         if best.remedy != worst.remedy:
             said.append(f"The best, “{best.remedy}”, reaches {points(best)} at that age.")
-    said.append(
-        f"The worst of {chips} chips is chip {worst.worst_chip} with {worst.worst:.1f} %."
-        + ("" if floor is None or worst.yielded is None else _yield(worst, floor))
-    )
+    if len(worst.chips) > 1:
+        said.append(
+            f"The worst of {len(worst.chips)} chips is chip {worst.worst_chip} with "
+            f"{worst.worst:.1f} %." + ("" if floor is None else _yield(worst, floor))
+        )
     return said
 
 

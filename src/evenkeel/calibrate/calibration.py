@@ -1,5 +1,6 @@
 """calibrate_: re-align normalizers with the hardware they run on, and the certificate of it."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,10 +54,13 @@ class Calibration:
         write(self._normalizers, self._old)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The fitted statistics, named as in the model: ``load_state_dict(..., strict=False)``."""
+        """The statistics in use: the new ones if kept, else the old.
+
+        Named as in the model: ``load_state_dict(..., strict=False)``.
+        """
         return {
             f"{path}.{name}": value.clone()
-            for path, values in self._new.items()
+            for path, values in (self._new if self.kept else self._old).items()
             for name, value in zip(("running_mean", "running_var"), values, strict=True)
         }
 
@@ -138,9 +142,11 @@ def calibrate_(
     """
     if estimator not in ESTIMATORS:
         raise ConfigError(f"Unknown estimator {estimator!r}. {nearest(estimator, ESTIMATORS)}")
-    if isinstance(shrinkage, str) and shrinkage != "auto":
+    if (isinstance(shrinkage, str) and shrinkage != "auto") or (
+        isinstance(shrinkage, int | float) and not 0 <= shrinkage < math.inf
+    ):
         raise ConfigError(
-            f"shrinkage must be 'auto', a number of samples or None; got {shrinkage!r}."
+            f"shrinkage must be 'auto', a number of samples (0 or more) or None; got {shrinkage!r}."
         )
     model = uncompiled(model)
     normalizers = normalizers_of(model)

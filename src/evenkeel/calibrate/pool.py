@@ -37,16 +37,17 @@ def pool_statistics_(
     batches = list(batches)
     moments: list[list[BatchMoments]] = [[] for _ in targets]
     for copy in noisy:
-        collected = list(collect(copy, batches, forward=forward).values())
-        if len(collected) != len(targets):
+        own = list(normalizers_of(copy))  # a chip may name them with a prefix; the order is one
+        if len(own) != len(targets):
             raise CalibrationError(
                 f"Each noisy copy must have the network's own {len(targets)} normalizers; one has "
-                f"{len(collected)} that were reached."
+                f"{len(own)}."
             )
-        for kept, found in zip(moments, collected, strict=True):
-            kept.extend(found)
-    if not all(moments):
+        collected = collect(copy, batches, forward=forward)
+        for kept, path in zip(moments, own, strict=True):
+            kept.extend(collected.get(path, []))
+    if not any(moments):
         raise CalibrationError("pool_statistics_ needs at least one noisy copy; none came.")
     old = read(targets)
-    write(targets, {p: pooled(old[p], m) for p, m in zip(targets, moments, strict=True)})
+    write(targets, {p: pooled(old[p], m) for p, m in zip(targets, moments, strict=True) if m})
     return model

@@ -40,18 +40,20 @@ class Calibrate:
             raise ConfigError(
                 f"Unknown estimator {self.estimator!r}. {nearest(self.estimator, ESTIMATORS)}"
             )
-        if self.samples is not None and self.samples < 1:
-            raise ConfigError(f"calibrate needs samples of 1 or more; got {self.samples}.")
+        if self.samples is not None and (self.samples < 1 or self.samples != int(self.samples)):
+            raise ConfigError(f"calibrate needs a whole number of samples; got {self.samples}.")
+        if self.samples is not None:  # as text it may have come as 8.0
+            object.__setattr__(self, "samples", int(self.samples))
 
     @property
     def name(self) -> str:
         """With the settings that are not the default."""
         changed = [
-            ("" if f.name == "estimator" else f"{f.name}=") + str(getattr(self, f.name))
+            ("" if f.name == "estimator" else f"{f.name}=") + _short(getattr(self, f.name))
             for f in fields(self)
             if getattr(self, f.name) != f.default
         ]
-        return ":".join(["calibrate", *changed]).replace(".0", "")
+        return ":".join(["calibrate", *changed])
 
     def why_not(self, model: nn.Module) -> str | None:
         """It needs normalizers with running statistics."""
@@ -97,3 +99,7 @@ class PoolOverChips:
     def to_dict(self) -> dict[str, Any]:
         """Settings and version."""
         return {"type": "PoolOverChips", "version": self.version}
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -17,6 +17,7 @@ def main() -> None:
     app = App(
         name="evenkeel",
         help="Keeps neural networks accurate when the arithmetic under them is not.",
+        suppress_keyboard_interrupt=False,
     )
     app.command(audit)
     app.command(devices)

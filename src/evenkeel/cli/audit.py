@@ -100,6 +100,8 @@ def audit(
     require_writable_folder(out)
     if json_file is not None:
         require_writable_folder(json_file.parent)
+    if model is None and weights is not None:
+        raise ConfigError("--weights needs the MODEL that they belong to.")
     samples = _data(data, data_root, _numbers(mean, "--mean"), _numbers(std, "--std"))
     with _progress(console) as bar:
         network = _demo(out, samples, bar) if model is None else network_from(model, weights)
@@ -123,7 +125,7 @@ def audit(
     _write(result, out, json_file)
     console.print(result.rich_table())
     for sentence in [*result.verdict, *result.notes]:
-        console.print(sentence, highlight=False)
+        console.print(sentence, highlight=False, markup=False)
     console.print(
         f"Report: {(out / 'report.html').resolve().as_uri()}", highlight=False, soft_wrap=True
     )

@@ -12,6 +12,8 @@ from evenkeel.saving import load, load_tensors, read
 def network_from(model: str, weights: str | None) -> nn.Module:
     """The network of ``module:factory``, a named architecture, or a file that ``save`` wrote."""
     if model.endswith(".safetensors"):
+        if weights is not None:
+            raise ConfigError(f"{model} has its weights in it; leave --weights out.")
         network: nn.Module = load(model)
         return network
     if weights is None:

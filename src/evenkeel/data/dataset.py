@@ -2,9 +2,10 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +56,11 @@ class Data:
         """A hash of all test and calibration batches, in order."""
         return fingerprint([*self.test, "calibration", *self.calibration])
 
+    def shared_samples(self) -> int:
+        """Test samples whose input is also among the calibration samples."""
+        seen = {fingerprint(x) for batch in self.calibration for x in _inputs(batch)}
+        return sum(fingerprint(x) in seen for batch in self.test for x in _inputs(batch))
+
     def limited(self, test: int | None = None, calibration: int | None = None) -> "Data":
         """The same data with at most so many samples, taken from the start."""
         return Data(
@@ -83,8 +89,14 @@ def as_data(data: Any, calibration: Iterable[Batch] | None = None) -> Data:
         calibration: batches to calibrate with.
     """
     if isinstance(data, Data):
-        return data
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
+        return data if calibration is None else replace(data, calibration=list(calibration))
+    if (
+        isinstance(data, tuple | list)
+        and len(data) == 2
+        and all(isinstance(t, Tensor) for t in data)
+    ):
+        if len(data[0]) != len(data[1]):
+            raise ConfigError(f"{len(data[0])} inputs and {len(data[1])} labels do not pair up.")
         data = list(zip(data[0].split(256), data[1].split(256), strict=True))
         if calibration is None and len(data) < 4:
             x, y = (torch.cat(list(parts)) for parts in zip(*data, strict=True))
@@ -92,6 +104,11 @@ def as_data(data: Any, calibration: Iterable[Batch] | None = None) -> Data:
             data = list(zip(x.split(part), y.split(part), strict=True))
     batches = list(data)
     if calibration is None:
+        if 0 < len(batches) < 4:
+            raise ConfigError(
+                f"{len(batches)} batches cannot be cut into a quarter to calibrate with and the "
+                f"rest to test on: use smaller batches, or pass calibration=."
+            )
         cut = len(batches) // 4
         return Data("data", batches[cut:], batches[:cut])
     return Data("data", batches, list(calibration))
@@ -114,5 +131,15 @@ def _update(hasher: Any, value: Any) -> None:
             hasher.update(
                 flat.flatten().view(torch.uint8).numpy().tobytes() if flat.numel() else b""
             )
+        elif isinstance(leaf, np.ndarray):
+            hasher.update(
+                f"{leaf.dtype}{leaf.shape}".encode() + np.ascontiguousarray(leaf).tobytes()
+            )
         else:
             hasher.update(repr(leaf).encode())
+
+
+def _inputs(batch: Batch) -> Tensor | tuple[()]:
+    """The first tensor of a batch, sample by sample."""
+    leaves, _ = torch.utils._pytree.tree_flatten(batch)
+    return next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), ())

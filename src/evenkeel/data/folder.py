@@ -7,11 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evenkeel.data.dataset import Data
+from evenkeel.data.dataset import Data, batched
 from evenkeel.errors import ConfigError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
-BATCH = 128
 
 
 def image_folder(
@@ -30,31 +29,27 @@ def image_folder(
         root: the folder.
         mean: taken off the pixels, which are in [0, 1]; one number, or one per channel.
         std: what they are divided by then.
-        calibration_samples: how many images to calibrate with, drawn evenly over the classes.
+        calibration_samples: how many images to calibrate with, spread evenly over the files.
     """
+    if calibration_samples < 1:
+        raise ConfigError(f"calibration_samples must be 1 or more; got {calibration_samples}.")
     root = Path(root)
     test, train = _part(root, "test", "val"), _part(root, "calibration", "train")
-    classes = sorted(p.name for p in test.iterdir() if p.is_dir())
+    classes = _classes(test)
     paths = [(path, k) for k, name in enumerate(classes) for path in _images(test / name)]
-    wanted = [
-        path
-        for name in sorted(p.name for p in train.iterdir() if p.is_dir())
-        for path in _images(train / name)
-    ]
+    wanted = [path for name in _classes(train) for path in _images(train / name)]
     if not paths or not wanted:
-        empty = test if not paths else train
-        raise ConfigError(
-            f"No images in {empty}: expected {empty}/CLASS/*.png (or jpg, webp, ...)."
-        )
-    step = max(1, len(wanted) // calibration_samples)
-    x = _normalized(_stack([path for path, _ in paths]), mean, std)
-    y = torch.tensor([k for _, k in paths])
-    chosen = _normalized(_stack(wanted[::step][:calibration_samples]), mean, std)
-    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))
+        empty = train if paths else test
+        raise ConfigError(f"No images in {empty}: expected {empty}/CLASS/*.png (or jpg, ...).")
+    count = min(calibration_samples, len(wanted))
+    spread = [wanted[k * len(wanted) // count] for k in range(count)]
+    pixels = _stack([path for path, _ in paths] + spread)  # together, as they must have one shape
+    x = _normalized(pixels, mean, std)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return Data(
-        name=root.name,
-        test=list(zip(x.split(BATCH), y.split(BATCH), strict=True)),
-        calibration=[(images,) for images in chosen[order].split(BATCH)],
+        name=root.resolve().name,
+        test=batched(x[: len(paths)], torch.tensor([k for _, k in paths])),
+        calibration=batched(x[len(paths) :][order]),
         classes=classes,
     )
 
@@ -69,28 +64,55 @@ def _part(root: Path, *names: str) -> Path:
     )
 
 
+def _classes(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
 def _images(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    return sorted(
+        p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
+    )
 
 
 def _stack(paths: list[Path]) -> Tensor:
-    from PIL import Image
-
     pixels: list[np.ndarray] = []
     for path in paths:
-        with Image.open(path) as image:
-            grey = image.mode in ("1", "L", "I", "I;16")
-            array = np.asarray(image.convert("L" if grey else "RGB"), dtype=np.float32) / 255
-        array = array[None] if grey else array.transpose(2, 0, 1)
-        if pixels and array.shape != pixels[0].shape:
+        pixels.append(_pixels(path))
+        if pixels[-1].shape != pixels[0].shape:
             raise ConfigError(
-                f"All images must have one shape; {path} is {array.shape}, {paths[0]} is "
-                f"{pixels[0].shape}. Resize or crop them as the network expects."
+                f"All images must have one shape; {path} is {pixels[-1].shape}, {paths[0]} is "
+                f"{pixels[0].shape}. Resize, crop or convert them as the network expects."
             )
-        pixels.append(array)
     return torch.from_numpy(np.stack(pixels))  # (N, C, H, W)
 
 
+def _pixels(path: Path) -> np.ndarray:
+    """(C, H, W) in [0, 1]: one channel for grey, three for the rest."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16"):
+                return (np.asarray(image, dtype=np.float32) / 65535)[None]
+            if image.mode in ("I", "F"):
+                raise ConfigError(
+                    f"{path} has pixels of mode {image.mode}, whose range is not known. Store it "
+                    f"with 8 or 16 bits."
+                )
+            grey = image.mode in ("1", "L", "LA")
+            array = np.asarray(image.convert("L" if grey else "RGB"), dtype=np.float32) / 255
+    except (UnidentifiedImageError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as an image: {error}.") from error
+    return array[None] if grey else array.transpose(2, 0, 1)
+
+
 def _normalized(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, x.shape[1]):
+            raise ConfigError(
+                f"{name} must be one number or one for each of {x.shape[1]} channels; got {values}."
+            )
+    if not all(s > 0 for s in std):
+        raise ConfigError(f"std must be above 0; got {std}.")
     m, s = (torch.tensor(list(values)).view(1, -1, 1, 1) for values in (mean, std))
     return (x - m) / s

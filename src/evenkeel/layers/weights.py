@@ -80,6 +80,11 @@ def register_weight_layer(kind: type[nn.Module], weights: WeightLayer) -> None:
     _KINDS[kind] = weights
 
 
+def registered_kinds() -> dict[type[nn.Module], WeightLayer]:
+    """All kinds that are known, for another process to know them too."""
+    return dict(_KINDS)
+
+
 def weight_layer(layer: nn.Module) -> WeightLayer | None:
     """How ``layer`` shows its weights; None where nothing is known of it.
 

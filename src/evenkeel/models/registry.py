@@ -45,4 +45,5 @@ def build(name: str, **options: Any) -> nn.Module:
 def config_of(model: nn.Module) -> dict[str, Any] | None:
     """How to build the network again, if it is one of these."""
     config = getattr(model, "architecture", None)
-    return config if isinstance(config, dict) else None
+    ours = isinstance(config, dict) and config.get("name") in _ARCHITECTURES and "options" in config
+    return config if ours else None

@@ -1,7 +1,6 @@
 """From an audit to a page."""
 
 import html
-import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +11,7 @@ import torch
 from evenkeel.audit.plan import age_label
 from evenkeel.audit.summary import Cell
 from evenkeel.audit.verdict import EFFORTS, points
-from evenkeel.batches import narrow, size
 from evenkeel.files import write_atomically
-from evenkeel.protocols import Task
 
 if TYPE_CHECKING:
     from evenkeel.audit.result import Audit
@@ -60,7 +57,7 @@ def _content(audit: "Audit") -> dict[str, Any]:
     from evenkeel.audit.report.charts import PAGE_COLOURS
 
     headline = audit.verdicts[0]
-    worst = min(headline.recommended, key=lambda cell: cell.mean)
+    worst = headline.worst
     here = [c for c in audit.cells if c.device == worst.device and c.age_s == worst.age_s]
     return {
         "audit": audit,
@@ -71,6 +68,7 @@ def _content(audit: "Audit") -> dict[str, Any]:
         "row": audit._work.plan.rows[headline.row],
         "efforts": EFFORTS,
         "others": _others(audit),
+        "as_it_is": _as_it_is(audit),
         "charts": _charts(audit, here, worst),
         "shifts": _shifts(audit, worst),
         "pictures": _pictures(audit, worst, headline.row),
@@ -83,9 +81,14 @@ def _others(audit: "Audit") -> list[dict[str, Any]]:
     lines = []
     for verdict in audit.verdicts:
         effort = audit._work.plan.rows[verdict.row].effort
-        worst = min(verdict.recommended, key=lambda cell: cell.mean)
-        raw = next(c for c in verdict.raw if c.age_s == worst.age_s)
-        lines.append({"device": verdict.device, "raw": raw, "recommended": worst, "effort": effort})
+        lines.append(
+            {
+                "device": verdict.device,
+                "raw": verdict.worst_raw,
+                "recommended": verdict.worst,
+                "effort": effort,
+            }
+        )
     return lines
 
 
@@ -112,7 +115,8 @@ def _charts(audit: "Audit", here: list[Cell], worst: Cell) -> dict[str, Any]:
         cells = [
             c for c in audit.cells if c.family == family and c.age_s == _last_age(audit, c.device)
         ]
-        if len({c.level for c in cells}) > 1:
+        levels = {c.device: c.level for c in cells}
+        if 1 < len(levels) == len(set(levels.values())):  # one device to a level
             lines += with_zoom(family, cells, charts.against_level)
     for device in dict.fromkeys(c.device for c in audit.cells):
         cells = [c for c in audit.cells if c.device == device]
@@ -149,22 +153,20 @@ def _pictures(audit: "Audit", worst: Cell, row: int) -> list[Any]:
     rows = dict.fromkeys((0, row))
     networks: dict[str, Any] = {"digital": work.model}
     for r in rows:
-        networks[plan.rows[r].name if r else "chip as it is"] = audit.mended_chip(
+        networks[plan.rows[r].name if r else _as_it_is(audit)] = audit.mended_chip(
             0, worst.age_s, r, worst.worst_chip
         )
     outputs = {name: task.run(network, batch) for name, network in networks.items()}
-    raw = outputs["chip as it is"]
-    wrong = (i for i in range(size(batch)) if _value(task, raw, batch, i) < 100)
+    errors = task.errors(outputs[_as_it_is(audit)], batch)
+    worst_first = torch.argsort(errors, descending=True, stable=True)[:PICTURES]
     return [
-        markupsafe.Markup(task.draw(batch, i, outputs, work.data.classes))
-        for i in itertools.islice(wrong, PICTURES)
+        markupsafe.Markup(task.draw(batch, int(i), outputs, work.data.classes))
+        for i in worst_first
+        if errors[i] > 0
     ]
 
 
-def _value(task: Task, output: Any, batch: Any, index: int) -> float:
-    """The metric of one sample; 0 where it has no meaning for one alone."""
-    try:
-        one = (narrow(part, index, index + 1) for part in (output, batch))
-        return float(task.value(task.score(*one)))
-    except ZeroDivisionError:
-        return 0.0
+def _as_it_is(audit: "Audit") -> str:
+    """How the first row is called: it need not be the chip as it is."""
+    first = audit._work.plan.rows[0]
+    return f"chip with {first.title}" if first.per_chip or first.is_shared else "chip as it is"
