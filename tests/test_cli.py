@@ -92,7 +92,12 @@ def test_a_named_architecture_and_a_saved_network(here, monkeypatch, capsys, net
     )
     assert code == 0
     ek.save(network, "saved.safetensors")
-    assert command(monkeypatch, capsys, "audit", "saved.safetensors", *given)[0] == 0
+    code, _, _ = command(
+        monkeypatch, capsys, "audit", "saved.safetensors", *given, "--test-samples", 100
+    )
+    assert code == 0
+    facts = json.loads(Path("audit/audit.json").read_text())
+    assert facts["provenance"]["test_samples"] == 100
 
 
 def test_devices_are_listed(here, monkeypatch, capsys):

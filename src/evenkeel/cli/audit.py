@@ -1,5 +1,6 @@
 """``evenkeel audit``."""
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import evenkeel as ek
 from evenkeel import data as datasets
 from evenkeel.audit.audit import AGES
+from evenkeel.batches import first
 from evenkeel.cli.network import network_from
 from evenkeel.errors import ConfigError, nearest
 from evenkeel.files import require_writable_folder, write_atomically
@@ -36,6 +38,7 @@ def audit(
     data_root: Path | None = None,
     mean: str = "0",
     std: str = "1",
+    test_samples: int | None = None,
     task: str = "classify",
     device: Names = None,
     age: Names = None,
@@ -69,6 +72,8 @@ def audit(
         channel.
     std
         What the pixels are divided by then.
+    test_samples
+        Test on the first so many only; a sweep need not see them all.
     task
         classify, regress, or module:Class.
     device
@@ -103,6 +108,8 @@ def audit(
     if model is None and weights is not None:
         raise ConfigError("--weights needs the MODEL that they belong to.")
     samples = _data(data, data_root, _numbers(mean, "--mean"), _numbers(std, "--std"))
+    if test_samples is not None:
+        samples = dataclasses.replace(samples, test=first(samples.test, test_samples))
     with _progress(console) as bar:
         network = _demo(out, samples, bar) if model is None else network_from(model, weights)
         job = bar.add_task("trials", total=None)
