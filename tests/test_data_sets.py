@@ -210,3 +210,21 @@ def test_errors(server, tmp_path, monkeypatch):
     monkeypatch.delenv(sets.ROOT_VARIABLE, raising=False)
     with pytest.raises(ConfigError, match="--data-root"):
         datasets.folder_of("mnist")
+
+
+def test_the_committed_network_is_as_accurate_as_its_log_says():
+    import json
+
+    import evenkeel as ek
+    from evenkeel.audit.run import evaluate
+    from evenkeel.audit.tasks import Classify
+    from evenkeel.batches import first
+
+    folder = Path(__file__).parents[1] / "results" / "cifar10"
+    log = json.loads((folder / "resnet14.json").read_text())
+    assert log["test_accuracy"] >= 84
+    data = SETS["cifar10"].read(real("cifar10"))
+    slice_ = datasets.Data("slice", first(data.test, 2000), data.calibration)
+    task = Classify()
+    value = task.value(evaluate(ek.load(folder / "resnet14.safetensors"), slice_, task))
+    assert abs(value - log["test_accuracy"]) < 2.5  # 2,000 of the 10,000 images
