@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import json
 import os
 import tarfile
 import threading
@@ -13,7 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+import evenkeel as ek
 from evenkeel import data as datasets
+from evenkeel.audit.run import evaluate
+from evenkeel.audit.tasks import Classify
+from evenkeel.batches import first
 from evenkeel.data import sets
 from evenkeel.data.sets import SETS, StandardSet
 from evenkeel.errors import ConfigError, StoreError
@@ -213,13 +218,6 @@ def test_errors(server, tmp_path, monkeypatch):
 
 
 def test_the_committed_network_is_as_accurate_as_its_log_says():
-    import json
-
-    import evenkeel as ek
-    from evenkeel.audit.run import evaluate
-    from evenkeel.audit.tasks import Classify
-    from evenkeel.batches import first
-
     folder = Path(__file__).parents[1] / "results" / "cifar10"
     log = json.loads((folder / "resnet14.json").read_text())
     assert log["test_accuracy"] >= 84
