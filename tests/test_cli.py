@@ -178,11 +178,21 @@ def test_the_program_itself_exits_with_2_and_one_line(tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def heeding_interrupts():
+    """A background job is started with interrupts ignored, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_says_what_to_do(here, network):
     program = Path(sys.executable).with_name("evenkeel")
     options = ["--chips", "400", "--device", "gaussian:0.1", "--workers", "0", "--out", "o"]
     arguments = [program, "audit", "mine:network", "--weights", "weights.safetensors", *options]
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as run:
+    with subprocess.Popen(
+        arguments,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=heeding_interrupts,  # noqa: PLW1509
+    ) as run:
         while not (here / "o" / "audit.db").exists():
             time.sleep(0.1)
         time.sleep(2)
