@@ -10,13 +10,14 @@ from typing import Annotated, Any
 import torch
 from cyclopts import Parameter
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 import evenkeel as ek
 from evenkeel import data as datasets
 from evenkeel.audit.audit import AGES
 from evenkeel.batches import first
 from evenkeel.cli.network import network_from
+from evenkeel.cli.progress import progress_bar
 from evenkeel.errors import ConfigError, nearest
 from evenkeel.files import require_writable_folder, write_atomically
 from evenkeel.models import build
@@ -110,7 +111,7 @@ def audit(
     samples = _data(data, data_root, _numbers(mean, "--mean"), _numbers(std, "--std"))
     if test_samples is not None:
         samples = dataclasses.replace(samples, test=first(samples.test, test_samples))
-    with _progress(console) as bar:
+    with progress_bar(console) as bar:
         network = _demo(out, samples, bar) if model is None else network_from(model, weights)
         job = bar.add_task("trials", total=None)
         result = ek.audit(
@@ -148,17 +149,6 @@ def _write(result: ek.Audit, out: Path, json_file: Path | None) -> None:
     recipe = f"# {result.best_remedy}\n\n{' '.join(result.verdict)}\n\n{steps}\n"
     write_atomically(out / "recipe.md", recipe.encode())
     result.report(out / "report.html")
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
 
 
 def _demo(out: Path, samples: Any, bar: Progress) -> Any:

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from evenkeel import data as datasets
 from evenkeel.audit.run import evaluate
 from evenkeel.audit.tasks import Classify
+from evenkeel.cli.progress import progress_bar
 from evenkeel.errors import MissingExtraError
 from evenkeel.files import require_writable_folder, write_atomically
 from evenkeel.models import build
@@ -64,7 +64,7 @@ def train(
         "environment": environment(),
         "epochs": log,
     }
-    with _progress(console) as bar:
+    with progress_bar(console) as bar:
         job = bar.add_task("training", total=None)
 
         def note(epoch: dict[str, Any]) -> None:
@@ -129,14 +129,3 @@ def _fabric(precision: str) -> Any:
     fabric = Fabric(precision=precision)  # type: ignore[arg-type]
     fabric.launch()
     return fabric
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
