@@ -1,3 +1,4 @@
+import inspect
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -398,6 +399,22 @@ def test_a_setting_of_a_module_makes_another_network(data):
     assert fingerprint(Rolled(1)) != first
     model.hidden.fill_(2)
     assert fingerprint(model) != first
+
+
+class Grown(Scaled):
+    """Its forward is its parent's."""
+
+
+def test_the_code_of_a_parent_class_counts(data, monkeypatch):
+    def fingerprint():
+        torch.manual_seed(0)
+        result = run(Grown(), data, remedies=["none"], chips=1)
+        return result.provenance["model_fingerprint"]
+
+    first, source = fingerprint(), inspect.getsource
+    edited = {Scaled: "def forward(self, x): ..."}
+    monkeypatch.setattr("inspect.getsource", lambda kind: edited.get(kind) or source(kind))
+    assert fingerprint() != first
 
 
 class OutFirst(nn.Linear):

@@ -154,10 +154,10 @@ def _rows(model: nn.Module, remedies: Sequence[Any] | None) -> tuple[list[Row], 
     if reasons and remedies is not None:
         name, reason = next(iter(reasons.items()))
         raise ConfigError(f"The remedy {name!r} cannot be used on this network. {reason}")
-    notes = [
-        f"Left out, as this network has no use for them: {', '.join(reasons)}. {reason}"
-        for reason in list(reasons.values())[:1]
-    ]
+    notes = []
+    for reason in dict.fromkeys(reasons.values()):
+        names = ", ".join(name for name, why in reasons.items() if why == reason)
+        notes.append(f"Left out, as this network has no use for them: {names}. {reason}")
     return [row for row in rows if row.name not in reasons], notes
 
 
@@ -207,7 +207,7 @@ def _model_fingerprint(model: nn.Module) -> str:
 
     Without the code, results of a network whose forward was edited since would count as its own.
     """
-    kinds = {type(module) for module in model.modules()}
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
     code = []
     for kind in sorted(kinds, key=lambda k: (k.__module__, k.__qualname__)):
         if not kind.__module__.startswith("torch."):

@@ -1,6 +1,5 @@
 """``evenkeel audit``."""
 
-import dataclasses
 import json
 import shlex
 import sys
@@ -15,7 +14,6 @@ from rich.progress import Progress
 import evenkeel as ek
 from evenkeel import data as datasets
 from evenkeel.audit.audit import AGES
-from evenkeel.batches import first
 from evenkeel.cli.network import network_from
 from evenkeel.cli.progress import progress_bar
 from evenkeel.errors import ConfigError, nearest
@@ -109,8 +107,7 @@ def audit(
     if model is None and weights is not None:
         raise ConfigError("--weights needs the MODEL that they belong to.")
     samples = _data(data, data_root, _numbers(mean, "--mean"), _numbers(std, "--std"))
-    if test_samples is not None:
-        samples = dataclasses.replace(samples, test=first(samples.test, test_samples))
+    samples = samples.limited(test=test_samples)
     with progress_bar(console) as bar:
         network = _demo(out, samples, bar) if model is None else network_from(model, weights)
         job = bar.add_task("trials", total=None)

@@ -63,11 +63,12 @@ class Data:
 
     def limited(self, test: int | None = None, calibration: int | None = None) -> "Data":
         """The same data with at most so many samples, taken from the start."""
-        return Data(
-            self.name,
-            self.test if test is None else first(self.test, test),
-            self.calibration if calibration is None else first(self.calibration, calibration),
-            self.classes,
+        return replace(
+            self,
+            test=self.test if test is None else first(self.test, test),
+            calibration=(
+                self.calibration if calibration is None else first(self.calibration, calibration)
+            ),
         )
 
 

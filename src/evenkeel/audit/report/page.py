@@ -47,7 +47,7 @@ def _template() -> Any:
 
 
 def _code(text: str) -> str:
-    """The two marks that advice uses: `code` and paragraphs."""
+    """The one mark that advice uses: `code`."""
     import markupsafe
 
     return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text)))
@@ -77,7 +77,7 @@ def _content(audit: "Audit") -> dict[str, Any]:
 
 
 def _others(audit: "Audit") -> list[dict[str, Any]]:
-    """A line for every device: raw, recommended, both at the recommended row's worst age."""
+    """A line for every device: the first row and the recommended one, each at its worst age."""
     lines = []
     for verdict in audit.verdicts:
         effort = audit._work.plan.rows[verdict.row].effort
