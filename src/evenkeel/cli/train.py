@@ -31,6 +31,7 @@ def train(
     data_root: Path | None = None,
     epochs: int | None = None,
     seed: int | None = None,
+    precision: str | None = None,
 ) -> None:
     """Train a reference network by a recipe; killed, the same command goes on after the last epoch.
 
@@ -39,7 +40,7 @@ def train(
     Parameters
     ----------
     name
-        Of the recipe: digits or cifar10.
+        Of the recipe: digits, cifar10, cifar10_group (norm) or cifar10_none (no norm).
     out
         Safetensors file for the network; its log is written beside it, as .json.
     data_root
@@ -48,8 +49,11 @@ def train(
         Another number of passes than the recipe's.
     seed
         Another seed than the recipe's.
+    precision
+        Another than the recipe's: 32-true, or bf16-mixed where the machine has instructions for it.
     """
-    changed = {k: v for k, v in {"epochs": epochs, "seed": seed}.items() if v is not None}
+    asked = {"epochs": epochs, "seed": seed, "precision": precision}
+    changed = {option: value for option, value in asked.items() if value is not None}
     chosen = dataclasses.replace(recipe(name), **changed)  # type: ignore[arg-type]
     require_writable_folder(out.parent)
     samples, (x, y) = _data(chosen.data, data_root)
@@ -77,7 +81,7 @@ def train(
             )
 
         network = fit(
-            lambda: _laid_out(build(chosen.architecture), torch.channels_last),
+            lambda: _laid_out(build(chosen.architecture, norm=chosen.norm), torch.channels_last),
             x,
             y,
             epochs=chosen.epochs,

@@ -1,13 +1,37 @@
-"""A small residual network with batch norm, for images of any size."""
+"""A small residual network, for images of any size, with batch norm, group norm or none."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from evenkeel.errors import ConfigError, nearest
 from evenkeel.models.registry import architecture
 
 NormLayer = Callable[[int], nn.Module]
+
+GROUP = 8
+"""Channels of a group under group norm."""
+
+
+class ChannelAffine(nn.Module):
+    r"""What is left of a normalizer without the normalizing: $y_c = \gamma_c x_c + \beta_c$."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same."""
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+NORMS: dict[str, NormLayer] = {
+    "batch": nn.BatchNorm2d,
+    "group": lambda channels: nn.GroupNorm(channels // GROUP, channels),
+    "none": ChannelAffine,
+}
 
 
 class ResidualBlock(nn.Module):
@@ -73,13 +97,36 @@ class ResNet(nn.Module):
         return scores
 
 
+def _resnet(
+    num_classes: int, in_channels: int, widths: Sequence[int], blocks: int, norm: str
+) -> ResNet:
+    if norm not in NORMS:
+        raise ConfigError(f"Unknown norm {norm!r}. {nearest(norm, NORMS)}")
+    network = ResNet(num_classes, in_channels, widths, blocks, NORMS[norm])
+    if norm == "none":
+        _start_small_(network)
+    return network
+
+
+def _start_small_(network: ResNet) -> None:
+    """Make a network without normalizers trainable: variance kept by each layer, branches at zero.
+
+    He et al. 2015 for the convolutions; De and Smith 2020 (SkipInit) for the branches.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if isinstance(module, ResidualBlock):
+            nn.init.zeros_(module.norm2.weight)  # type: ignore[arg-type]
+
+
 @architecture("resnet8_digits")
-def resnet8_digits(num_classes: int = 10, in_channels: int = 1) -> ResNet:
-    """8 layers, 48k weights, for 8x8 digits."""
-    return ResNet(num_classes, in_channels, widths=(16, 32, 48), blocks=1)
+def resnet8_digits(num_classes: int = 10, in_channels: int = 1, norm: str = "batch") -> ResNet:
+    """8 layers, 48k weights, for 8x8 digits; norm is "batch", "group" or "none"."""
+    return _resnet(num_classes, in_channels, (16, 32, 48), 1, norm)
 
 
 @architecture("resnet14_cifar10")
-def resnet14_cifar10(num_classes: int = 10, in_channels: int = 3) -> ResNet:
-    """14 layers, 175k weights, for 32x32 colour images."""
-    return ResNet(num_classes, in_channels, widths=(16, 32, 64), blocks=2)
+def resnet14_cifar10(num_classes: int = 10, in_channels: int = 3, norm: str = "batch") -> ResNet:
+    """14 layers, 175k weights, for 32x32 colour images; norm is "batch", "group" or "none"."""
+    return _resnet(num_classes, in_channels, (16, 32, 64), 2, norm)

@@ -1,7 +1,6 @@
 """How the reference networks are trained, each by its name alone."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evenkeel.errors import ConfigError, nearest
 
@@ -16,6 +15,7 @@ class Recipe:
         epochs: passes over the training data.
         batch_size: samples per step, over all processes.
         learning_rate: peak of the one-cycle schedule.
+        norm: "batch", "group" or "none"; the last two want a lower learning rate.
         augment: random crops of images padded by 4 pixels, and mirror images.
         precision: as lightning-fabric names it: "32-true" or "bf16-mixed".
         seed: of initialisation, order and augmentation.
@@ -26,12 +26,13 @@ class Recipe:
     epochs: int
     batch_size: int
     learning_rate: float
+    norm: str = "batch"
     augment: bool = False
     precision: str = "32-true"
     seed: int = 0
 
 
-RECIPES: Mapping[str, Recipe] = {
+RECIPES: dict[str, Recipe] = {
     "digits": Recipe(
         architecture="resnet8_digits", data="digits", epochs=12, batch_size=64, learning_rate=0.2
     ),
@@ -45,6 +46,8 @@ RECIPES: Mapping[str, Recipe] = {
         precision="bf16-mixed",
     ),
 }
+for _norm, _rate in (("group", 0.2), ("none", 0.1)):
+    RECIPES[f"cifar10_{_norm}"] = replace(RECIPES["cifar10"], norm=_norm, learning_rate=_rate)
 
 
 def recipe(name: str) -> Recipe:
