@@ -1,6 +1,7 @@
 """evenkeel keeps neural networks accurate when the arithmetic under them is not."""
 
 from evenkeel import analog as analog
+from evenkeel import norm as norm
 from evenkeel.audit import Audit as Audit
 from evenkeel.audit import audit as audit
 from evenkeel.calibrate import Calibration as Calibration

@@ -72,7 +72,8 @@ class SharedRemedy(Protocol):
     """A remedy that changes the network once, before it is programmed, for every chip.
 
     Either kind may have ``why_not(model)``, which tells why it is of no use to a network,
-    and a ``title``, which sentences use instead of the name.
+    ``enables``, names of remedies that become of use behind it, and a ``title``, which sentences
+    use instead of the name.
     """
 
     name: str

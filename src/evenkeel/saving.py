@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from evenkeel import analog, models
 from evenkeel.analog.device import Device, DeviceModel
 from evenkeel.calibrate import Calibration
+from evenkeel.calibrate.match import matched_paths, put_behind_empty
 from evenkeel.errors import ConfigError
 from evenkeel.files import write_atomically
 
@@ -54,6 +55,9 @@ def save(item: nn.Module | Calibration, path: str | Path, **about: Any) -> None:
         description |= {"type": "Calibration", "certificate": item.to_dict()}
     else:
         description |= {"type": "Network", "model": models.config_of(item)}
+    network = item.model if isinstance(item, analog.Chip) else item
+    if isinstance(network, nn.Module) and (matched := matched_paths(network)):
+        description["matched"] = matched
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in item.state_dict().items()}
     write_atomically(path, to_bytes(tensors, {_HEADER: json.dumps(description)}))
 
@@ -86,6 +90,10 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: Device | N
             f"{path} holds the tensors of a {kind.lower()} but not the code of its network. Pass "
             f"it: load(path, model=...)."
         )
+    matched = matched_paths(network)
+    put_behind_empty(
+        network, {p: n for p, n in description.get("matched", {}).items() if p not in matched}
+    )
     if kind == "Chip":
         if device is None:
             device = _device_from(description["device"])

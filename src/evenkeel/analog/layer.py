@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from evenkeel.analog.device import Device, State
 from evenkeel.draws import Draws, keyed_normal, read_key
 from evenkeel.errors import ConfigError
-from evenkeel.layers import WeightLayer, require_own_weight
+from evenkeel.layers import WeightLayer, require_own_weight, restore_precision
 
 _FORWARD_HOOKS = (
     "_forward_hooks",
@@ -158,10 +158,7 @@ class AnalogLayer(nn.Module):
         # A chip moved to half precision keeps its physics in float32: only the device may change.
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
+        restore_precision(self, before, before)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 

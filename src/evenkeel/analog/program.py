@@ -1,7 +1,6 @@
 """From a network to a chip that holds it."""
 
 import copy
-import fnmatch
 import operator
 from collections.abc import Callable, Collection
 
@@ -12,8 +11,8 @@ from torch.nn.utils import parametrize
 from evenkeel.analog.chip import Chip
 from evenkeel.analog.device import Device, DeviceModel, as_device
 from evenkeel.analog.layer import AnalogLayer
-from evenkeel.errors import ConfigError, nearest
-from evenkeel.layers import weight_layer
+from evenkeel.errors import ConfigError
+from evenkeel.layers import chosen_paths, unwrapped, weight_layer
 
 LayerChoice = Collection[str] | Callable[[str, nn.Module], bool] | None
 
@@ -66,7 +65,8 @@ def program(
             inside += (f"{path}.parametrizations".lstrip("."),)
         weights = weight_layer(module)
         if weights is not None and chosen(path, module):
-            arrays[id(module)] = AnalogLayer(module, weights, device, seed, path)
+            name = unwrapped(model, path)
+            arrays[id(module)] = AnalogLayer(module, weights, device, seed, name)
         elif reason := _why_digital(module, known=weights is not None):
             digital[path] = reason
     if not arrays:
@@ -86,15 +86,8 @@ def _choice(model: nn.Module, layers: LayerChoice) -> Callable[[str, nn.Module],
         return lambda path, module: True
     if callable(layers):
         return layers
-    if isinstance(layers, str):
-        raise ConfigError(f"layers must be a list of paths or patterns; got the string {layers!r}.")
     paths = [path for path, module in model.named_modules() if weight_layer(module) is not None]
-    chosen: set[str] = set()
-    for pattern in layers:
-        found = [pattern] if pattern in paths else fnmatch.filter(paths, pattern)
-        if not found:
-            raise ConfigError(f"No layer matches {pattern!r}. {nearest(pattern, paths)}")
-        chosen.update(found)
+    chosen = chosen_paths(layers, paths)
     return lambda path, module: path in chosen
 
 

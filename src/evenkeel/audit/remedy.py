@@ -74,8 +74,13 @@ class Row:
 
     def why_not(self, model: nn.Module) -> str | None:
         """Why one of the parts is of no use to a network; a part that has no say is of use."""
-        asked = (getattr(part, "why_not", lambda _: None)(model) for part in self.parts)
-        return next((reason for reason in asked if reason), None)
+        enabled: set[str] = set()
+        for part in self.parts:
+            reason = getattr(part, "why_not", lambda _: None)(model)
+            if reason and part.name.split(":")[0] not in enabled:
+                return str(reason)
+            enabled.update(getattr(part, "enables", ()))
+        return None
 
     def prepared(self, model: nn.Module, bench: "FitBench") -> nn.Module:
         """The network with the shared changes; the user's own stays as it is."""

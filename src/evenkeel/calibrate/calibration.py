@@ -1,7 +1,7 @@
 """calibrate_: re-align normalizers with the hardware they run on, and the certificate of it."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from evenkeel.batches import size
 from evenkeel.calibrate.collect import Forward, collect, default_forward
 from evenkeel.calibrate.estimate import ESTIMATORS, Shrinkage, shrink
-from evenkeel.calibrate.gate import misfits, split, verdict
+from evenkeel.calibrate.gate import HELD_OUT, misfits, split, verdict
+from evenkeel.calibrate.match import OutputMatch
 from evenkeel.calibrate.statistics import (
     Statistics,
     in_eval,
@@ -36,6 +37,8 @@ class Calibration:
             statistics, in standard deviations (see :func:`evenkeel.calibrate.gate.misfit`).
         shift_after: the same with the new ones.
         samples: number of samples that the statistics were fitted to.
+        methods: by normalizer, "statistics" for one of the network's own, "output matching" for one
+            that :func:`match_` has put behind a layer.
         key: what the statistics belong to, such as chip and age, as given.
     """
 
@@ -44,6 +47,7 @@ class Calibration:
     shift_before: dict[str, float]
     shift_after: dict[str, float]
     samples: int
+    methods: dict[str, str]
     key: Mapping[str, str | int | float]
     _normalizers: dict[str, RunningStatistics] = field(repr=False)
     _old: dict[str, Statistics] = field(repr=False)
@@ -70,17 +74,18 @@ class Calibration:
             "kept": self.kept,
             "reason": self.reason,
             "samples": self.samples,
+            "methods": self.methods,
             "shift_before": self.shift_before,
             "shift_after": self.shift_after,
             "key": dict(self.key),
         }
 
     def table(self) -> str:
-        """A row per normalizer: shift before and after, in standard deviations."""
+        """A row per normalizer: shift before and after, in standard deviations, and the method."""
         width = max(map(len, self.shift_before))
-        rows = [f"{'normalizer':<{width}}  before   after"]
+        rows = [f"{'normalizer':<{width}}  before   after  method"]
         rows += [
-            f"{path:<{width}}  {before:6.3f}  {self.shift_after[path]:6.3f}"
+            f"{path:<{width}}  {before:6.3f}  {self.shift_after[path]:6.3f}  {self.methods[path]}"
             for path, before in self.shift_before.items()
         ]
         return "\n".join([*rows, self.reason])
@@ -94,6 +99,8 @@ def calibrate_(
     estimator: str = "pooled",
     shrinkage: Shrinkage = "auto",
     gate: bool = True,
+    layers: Collection[str] | None = None,
+    reads: int = 1,
     forward: Forward = default_forward,
     key: Mapping[str, str | int | float] | None = None,
 ) -> Calibration:
@@ -105,8 +112,8 @@ def calibrate_(
     another simulator's model, or a module that drives a real chip. Only normalizers with running
     statistics change; nothing leaves eval mode.
 
-    Use when batch norm follows the noisy layers. Not when the classifier alone is noisy, as nothing
-    normalizes behind it; nor when inputs at hand are of one class or another domain than in use.
+    Use when batch norm follows the noisy layers, or :func:`match_` has put something behind them
+    that can be fitted. Not when inputs at hand are of one class or another domain than in use.
 
     Args:
         model: changed in place, or left as it was if anything fails.
@@ -117,6 +124,9 @@ def calibrate_(
             sampling error, a number for their worth in samples, or None.
         gate: hold a fourth of the samples back and keep the new statistics only if these samples'
             activations fit them better than the old ones.
+        layers: paths or patterns of the normalizers to fit; default: all.
+        reads: how often each batch is run. More than once pays where few inputs are at hand and
+            noise is drawn anew at every read, so that one read tells little of the others.
         forward: how to run the model on a batch.
         key: what the statistics are for, such as ``{"chip": 7, "age_s": 3600}``; kept with them.
 
@@ -149,21 +159,22 @@ def calibrate_(
             f"shrinkage must be 'auto', a number of samples (0 or more) or None; got {shrinkage!r}."
         )
     model = uncompiled(model)
-    normalizers = normalizers_of(model)
+    if reads < 1 or reads != int(reads):
+        raise ConfigError(f"reads must be a whole number, 1 or more; got {reads!r}.")
+    normalizers = normalizers_of(model, layers)
+    options: dict[str, Any] = {"layers": layers, "reads": int(reads), "forward": forward}
     fit, held = split(batches) if gate else (list(batches), [])
-    measured = collect(model, fit, forward=forward)
+    measured = collect(model, fit, **options)
     old = read(normalizers)
     new = {
         path: _fitted(old[path], moments, estimator, shrinkage)
         for path, moments in measured.items()
     }
-    judged = held or fit
-    before = misfits(normalizers, collect(model, judged, normalize_by="running", forward=forward))
+    judged = held or fit[: 1 + len(fit) // HELD_OUT]
+    before = misfits(normalizers, collect(model, judged, normalize_by="running", **options))
     with in_eval(model, normalizers):
         write(normalizers, new)
-        after = misfits(
-            normalizers, collect(model, judged, normalize_by="running", forward=forward)
-        )
+        after = misfits(normalizers, collect(model, judged, normalize_by="running", **options))
     if gate:
         kept, reason = verdict(before, after, held_out=sum(size(batch) for batch in held))
     else:
@@ -171,7 +182,13 @@ def calibrate_(
     if kept:
         write(normalizers, new)
     samples = max(sum(m.samples for m in moments) for moments in measured.values())
-    return Calibration(kept, reason, before, after, samples, key or {}, normalizers, old, new)
+    methods = {
+        path: "output matching" if isinstance(normalizers[path], OutputMatch) else "statistics"
+        for path in measured
+    }
+    return Calibration(
+        kept, reason, before, after, samples, methods, key or {}, normalizers, old, new
+    )
 
 
 def _fitted(

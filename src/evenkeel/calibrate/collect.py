@@ -8,7 +8,7 @@ batch statistics meanwhile, they are written where the normalizer will read them
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -42,9 +42,11 @@ def collect(
     batches: Iterable[Any],
     *,
     normalize_by: str = "batch",
+    layers: Collection[str] | None = None,
+    reads: int = 1,
     forward: Forward = default_forward,
 ) -> Collected:
-    """Moments of what reaches each normalizer, one entry for each time it is called.
+    """Moments of what reaches each normalizer, one entry for each batch, or use of the layer in it.
 
     The network is in eval mode throughout; modes and statistics are left exactly as they were.
 
@@ -54,6 +56,9 @@ def collect(
         normalize_by: "batch": each batch is normalized by its own statistics, so that a layer's
             input is already re-aligned by the layers before it. "running": by the present ones, as
             deployed.
+        layers: paths or patterns of the normalizers to measure; default: all.
+        reads: how often each batch is run. Where noise is drawn anew at every read, the moments of
+            an entry are those over all of its reads.
         forward: how to run the model on a batch.
 
     Raises:
@@ -61,13 +66,14 @@ def collect(
             not finite.
     """
     model = uncompiled(model)
-    found = normalizers_of(model)
+    found = normalizers_of(model, layers)
     collected: Collected = {path: [] for path in found}
+    current: Collected = {path: [] for path in found}
 
     def measure(path: str) -> Callable[[Any, tuple[Any, ...]], None]:
         def hook(module: Any, args: tuple[Any, ...]) -> None:
-            moments = _measured(args[0], path)
-            collected[path].append(moments)
+            moments = measured(args[0], path, getattr(module, "channel_dim", 1))
+            current[path].append(moments)
             if normalize_by == "batch":
                 module.running_mean.copy_(moments.mean)
                 module.running_var.copy_(moments.var)
@@ -79,7 +85,12 @@ def collect(
             assert isinstance(normalizer, nn.Module)
             hooks.callback(normalizer.register_forward_pre_hook(measure(path)).remove)
         for batch in batches:
-            forward(model, batch)
+            for _ in range(reads):
+                forward(model, batch)
+            for path, seen in current.items():
+                calls = len(seen) // reads
+                collected[path] += [BatchMoments.repeat(seen[k::calls]) for k in range(calls)]
+                seen.clear()
     if not any(collected.values()):
         raise CalibrationError(
             "calibrate_ needs at least one batch that reaches a normalizer; none came. Check that "
@@ -88,18 +99,19 @@ def collect(
     return {path: moments for path, moments in collected.items() if moments}
 
 
-def _measured(x: Tensor, path: str) -> BatchMoments:
+def measured(x: Tensor, path: str, channel_dim: int = 1) -> BatchMoments:
+    """Moments of the activations at a module; an error where they cannot be used."""
     if x.dim() < 2 or x.numel() == 0:
         raise CalibrationError(
-            f"calibrate_ needs batches of shape (N, C, *spatial) with N of 1 or more; the input of "
+            f"calibrate_ needs batches of shape (N, C, *spatial) with N of 1 or more; what reaches "
             f"'{path}' has shape {tuple(x.shape)}."
         )
-    moments = BatchMoments.of(x)
+    moments = BatchMoments.of(x.movedim(channel_dim, 1))
     if not bool(
         torch.isfinite(moments.var).all()
     ):  # one bad element makes its channel's moments bad
         raise CalibrationError(
-            f"calibrate_ needs finite activations; the input of '{path}' holds NaN or infinity. "
+            f"calibrate_ needs finite activations; what reaches '{path}' holds NaN or infinity. "
             f"Check the calibration data and the network's weights."
         )
     return moments

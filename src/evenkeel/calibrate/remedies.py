@@ -8,6 +8,7 @@ from torch import nn
 from evenkeel.batches import first
 from evenkeel.calibrate.calibration import calibrate_
 from evenkeel.calibrate.estimate import ESTIMATORS, Shrinkage
+from evenkeel.calibrate.match import match_
 from evenkeel.calibrate.pool import pool_statistics_
 from evenkeel.calibrate.statistics import missing_normalizers
 from evenkeel.errors import ConfigError, nearest
@@ -18,13 +19,16 @@ from evenkeel.protocols import Bench
 class Calibrate:
     """:func:`evenkeel.calibrate_` on each chip, with its options.
 
-    ``samples`` limits how many inputs each chip is shown, to learn how few will do.
+    ``samples`` limits how many inputs each chip is shown, to learn how few will do; ``layers`` is a
+    path or pattern of the normalizers to fit.
     """
 
     estimator: str = "pooled"
     samples: int | None = None
     shrinkage: Shrinkage = "auto"
     gate: bool = True
+    reads: int = 1
+    layers: str | None = None
     title: ClassVar[str] = "calibration"
     advice: ClassVar[str] = (
         "On each chip, at the age it is used at, run some unlabelled inputs and fit the "
@@ -32,7 +36,7 @@ class Calibrate:
         "drives the hardware. Keep what it returns: `ek.save(calibration, path)`; "
         "`calibration.undo()` goes back."
     )
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs_data: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -40,10 +44,12 @@ class Calibrate:
             raise ConfigError(
                 f"Unknown estimator {self.estimator!r}. {nearest(self.estimator, ESTIMATORS)}"
             )
-        if self.samples is not None and (self.samples < 1 or self.samples != int(self.samples)):
-            raise ConfigError(f"calibrate needs a whole number of samples; got {self.samples}.")
-        if self.samples is not None:  # as text it may have come as 8.0
-            object.__setattr__(self, "samples", int(self.samples))
+        for count in ("samples", "reads"):
+            value = getattr(self, count)
+            if value is not None and (value < 1 or value != int(value)):
+                raise ConfigError(f"calibrate needs a whole number of {count}; got {value}.")
+            if value is not None:  # as text it may have come as 8.0
+                object.__setattr__(self, count, int(value))
 
     @property
     def name(self) -> str:
@@ -67,6 +73,8 @@ class Calibrate:
             estimator=self.estimator,
             shrinkage=self.shrinkage,
             gate=self.gate,
+            layers=None if self.layers is None else [self.layers],
+            reads=self.reads,
             forward=bench.forward,
         )
         return {"calibration": done.to_dict()}
@@ -74,6 +82,39 @@ class Calibrate:
     def to_dict(self) -> dict[str, Any]:
         """Settings and version."""
         return {"type": "Calibrate", "version": self.version, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Match:
+    """:func:`match_` before programming; what it puts in is fitted by a calibration on each chip.
+
+    ``layers`` is a path or pattern; by default all layers that no normalizer follows, which on a
+    network with batch norm is the classifier. Stands before what changes weights, as it records
+    the network's outputs.
+    """
+
+    layers: str | None = None
+    title: ClassVar[str] = "output matching"
+    advice: ClassVar[str] = (
+        "Deploy the network of `mended.safetensors`: behind layers that no normalizer follows it "
+        "has a scale and an offset per channel, which do nothing until calibration fits them."
+    )
+    enables: ClassVar[tuple[str, ...]] = ("calibrate",)
+    version: ClassVar[int] = 1
+
+    @property
+    def name(self) -> str:
+        """With the setting, where it is not the default."""
+        return "match" if self.layers is None else f"match:{self.layers}"
+
+    def prepare_(self, model: nn.Module, bench: Bench) -> None:
+        """Record the digital network's moments."""
+        layers = None if self.layers is None else [self.layers]
+        match_(model, bench.batches, layers=layers, forward=bench.forward)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings and version."""
+        return {"type": "Match", "version": self.version, **asdict(self)}
 
 
 @dataclass(frozen=True)

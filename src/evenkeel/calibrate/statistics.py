@@ -1,14 +1,14 @@
 """The statistics that normalizers keep: read them, write them, put them back."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from evenkeel.errors import CalibrationError
-from evenkeel.layers import RunningStatistics, running_normalizers
+from evenkeel.layers import RunningStatistics, chosen_paths, running_normalizers
 
 
 class Statistics(NamedTuple):
@@ -32,15 +32,23 @@ def missing_normalizers(model: nn.Module) -> str | None:
         f"Calibration needs normalizers that keep running statistics (running_mean and "
         f"running_var); {type(model).__name__} has none"
         + (f", only {', '.join(kinds)}" if kinds else "")
-        + ". If batch norm was folded into the weights, calibrate before folding."
+        + ". Before the network is programmed, ek.calibrate.match_(model, batches) puts behind its "
+        "layers what calibration needs (the remedy 'match'). If batch norm was folded into the "
+        "weights, calibrate before folding."
     )
 
 
-def normalizers_of(model: nn.Module) -> dict[str, RunningStatistics]:
-    """The network's normalizers with running statistics; an error where there are none."""
+def normalizers_of(
+    model: nn.Module, layers: Collection[str] | None = None
+) -> dict[str, RunningStatistics]:
+    """The network's normalizers with running statistics, or those named; an error where none is."""
     if missing := missing_normalizers(model):
         raise CalibrationError(missing)
-    return dict(running_normalizers(model))
+    every = dict(running_normalizers(model))
+    if layers is None:
+        return every
+    chosen = chosen_paths(layers, list(every))
+    return {path: normalizer for path, normalizer in every.items() if path in chosen}
 
 
 def read(normalizers: dict[str, RunningStatistics]) -> dict[str, Statistics]:
@@ -61,13 +69,25 @@ def write(normalizers: dict[str, RunningStatistics], statistics: dict[str, Stati
 
 @contextlib.contextmanager
 def in_eval(model: nn.Module, normalizers: dict[str, RunningStatistics]) -> Iterator[None]:
-    """Eval mode for a while; modes and statistics are put back, whatever happens inside."""
+    """Eval mode for a while, in which no normalizer tracks what it is served.
+
+    Modes and statistics are put back, whatever happens inside.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    tracking = [(module, module.tracking) for module in model.modules() if _tracks(module)]
     statistics = read(normalizers)
     model.eval()
+    for module, _ in tracking:
+        module.tracking = False  # type: ignore[assignment]
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+        for module, track in tracking:
+            module.tracking = track
         write(normalizers, statistics)
+
+
+def _tracks(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "tracking", None), bool)

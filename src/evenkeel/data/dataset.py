@@ -72,12 +72,12 @@ class Data:
         )
 
 
-BATCH = 250
+BATCH = 100
 
 
-def batched(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+def batched(*tensors: Tensor, batch: int = BATCH) -> list[tuple[Tensor, ...]]:
     """Tensors cut into batches of equal samples, each a tuple."""
-    return list(zip(*(t.split(BATCH) for t in tensors), strict=True))
+    return list(zip(*(t.split(batch) for t in tensors), strict=True))
 
 
 def as_data(data: Any, calibration: Iterable[Batch] | None = None) -> Data:

@@ -2,8 +2,12 @@
 
 from evenkeel.layers.normalizers import RunningStatistics as RunningStatistics
 from evenkeel.layers.normalizers import running_normalizers as running_normalizers
+from evenkeel.layers.precision import restore_precision as restore_precision
 from evenkeel.layers.weights import WeightLayer as WeightLayer
+from evenkeel.layers.weights import chosen_paths as chosen_paths
 from evenkeel.layers.weights import register_weight_layer as register_weight_layer
 from evenkeel.layers.weights import registered_kinds as registered_kinds
 from evenkeel.layers.weights import require_own_weight as require_own_weight
 from evenkeel.layers.weights import weight_layer as weight_layer
+from evenkeel.layers.wrapper import Wrapper as Wrapper
+from evenkeel.layers.wrapper import unwrapped as unwrapped

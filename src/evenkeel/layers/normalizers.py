@@ -10,7 +10,8 @@ class RunningStatistics(Protocol):
     """A normalizer that, in eval mode, normalizes by statistics that it keeps.
 
     Any module with these two buffers of one number per channel qualifies: batch normalization in
-    all its forms, synchronised, fused with an activation, or frozen; the user's own.
+    all its forms, synchronised, fused with an activation, or frozen; the user's own. Where the
+    channels are not the second axis of its input, ``channel_dim`` tells which.
     """
 
     running_mean: Tensor

@@ -4,12 +4,14 @@ That is all an analog array, or any other method that works on matrices, has to 
 new kind of layer is one class of three functions and a call of :func:`register_weight_layer`.
 """
 
+import fnmatch
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evenkeel.errors import ConfigError
+from evenkeel.errors import ConfigError, nearest
 
 
 class WeightLayer(Protocol):
@@ -98,6 +100,26 @@ def weight_layer(layer: nn.Module) -> WeightLayer | None:
             same = type(layer) is kind or type(layer).forward is kind.forward
             return _KINDS[kind] if same else None
     return None
+
+
+def chosen_paths(patterns: Collection[str], paths: Sequence[str]) -> set[str]:
+    """Those of the paths that are named or fit a pattern such as ``"layer*"``; each must fit one.
+
+    Examples:
+        >>> sorted(chosen_paths(["conv*", "head"], ["conv1", "conv2", "head", "stem"]))
+        ['conv1', 'conv2', 'head']
+    """
+    if isinstance(patterns, str):
+        raise ConfigError(
+            f"layers must be a list of paths or patterns; got the string {patterns!r}."
+        )
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = [pattern] if pattern in paths else fnmatch.filter(paths, pattern)
+        if not found:
+            raise ConfigError(f"No layer matches {pattern!r}. {nearest(pattern, paths)}")
+        chosen.update(found)
+    return chosen
 
 
 def require_own_weight(layer: nn.Module, path: str) -> None:

@@ -1,7 +1,7 @@
 """The moments of one batch per channel, with what is needed to tell how well they are known."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -89,6 +89,23 @@ class BatchMoments:
                 p.var_spread + p.samples * (a - var).square()
                 for a, p in zip(about, parts, strict=True)
             ),
+        )
+
+    @staticmethod
+    def repeat(reads: "list[BatchMoments]") -> "BatchMoments":
+        """Moments over several reads of the same samples, through noise that is new at each read.
+
+        The reads count as more elements, not as more samples; the spreads between samples are the
+        reads' average.
+        """
+        if len(reads) == 1:
+            return reads[0]
+        whole = BatchMoments.pool(reads)
+        return replace(
+            whole,
+            samples=reads[0].samples,
+            mean_spread=_sum(r.mean_spread for r in reads) / len(reads),
+            var_spread=_sum(r.var_spread for r in reads) / len(reads),
         )
 
 

@@ -1,0 +1,33 @@
+"""Modules around a layer that leave it its name."""
+
+from torch import nn
+
+
+class Wrapper(nn.Module):
+    """A module around ``layer`` that goes by the layer's own path.
+
+    What is drawn for a layer is keyed by its path, so that wrapping 'conv1' must not make another
+    chip of the same seed.
+    """
+
+    layer: nn.Module
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+
+def unwrapped(model: nn.Module, path: str) -> str:
+    """The path that a module of ``model`` has when nothing is wrapped around it or above it.
+
+    Examples:
+        >>> unwrapped(nn.Sequential(Wrapper(nn.ReLU())), "0.layer")
+        '0'
+    """
+    parts: list[str] = []
+    module = model
+    for part in path.split(".") if path else ():
+        if not (isinstance(module, Wrapper) and part == "layer"):
+            parts.append(part)
+        module = getattr(module, part)
+    return ".".join(parts)

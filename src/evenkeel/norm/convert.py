@@ -1,0 +1,97 @@
+"""Other normalizers for a network that is there already."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from evenkeel.errors import ConfigError
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass
+class Conversion:
+    """The certificate of :func:`convert_`.
+
+    Attributes:
+        converted: paths of the normalizers that were replaced.
+        skipped: other normalizers, and why they were not.
+    """
+
+    converted: list[str]
+    skipped: dict[str, str]
+    _model: nn.Module = field(repr=False)
+    _old: dict[str, nn.Module] = field(repr=False)
+
+    def undo(self) -> None:
+        """Put the old modules back, as they were left."""
+        for path, old in self._old.items():
+            self._model.set_submodule(path, old)
+
+
+def convert_(model: nn.Module, factory: Callable[[int], nn.Module]) -> Conversion:
+    """Replace every batch norm by what ``factory`` makes for its channels, in place.
+
+    Parameters, running statistics, ``eps`` and ``momentum`` go over by name wherever the new module
+    has them too, as do mode, device and dtype.
+
+    Args:
+        model: changed in place.
+        factory: from the number of channels to a normalizer, as in ``norm_layer=``.
+
+    Returns:
+        The certificate: what was converted, what was not and why, ``undo()``.
+
+    Raises:
+        ConfigError: there is no batch norm to replace.
+
+    Examples:
+        >>> import torch, evenkeel as ek
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> ek.norm.convert_(net, ek.norm.NoiseAwareBatchNorm).converted
+        ['1']
+    """
+    old: dict[str, nn.Module] = {}
+    skipped: dict[str, str] = {}
+    made: dict[int, nn.Module] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, BatchNorm):
+            if "Norm" in type(module).__name__:
+                skipped[path] = f"{type(module).__name__} is not a batch norm"
+        elif not path:
+            skipped[path] = "it is the whole network, and has no place to be replaced in"
+        elif isinstance(module.running_mean, nn.UninitializedBuffer):  # type: ignore[attr-defined]
+            skipped[path] = "it has not seen its first batch, and has no channels yet"
+        else:
+            old[path] = module
+            if id(module) not in made:  # one that is used in two places stays one
+                made[id(module)] = _in_place_of(module, factory)
+    if not old:
+        said = "; ".join(f"'{path}': {why}" for path, why in skipped.items())
+        raise ConfigError(
+            f"convert_ needs a batch norm to replace; {type(model).__name__} has none"
+            + (f" ({said})." if said else ".")
+        )
+    for path, module in old.items():
+        model.set_submodule(path, made[id(module)])
+    return Conversion(list(old), skipped, model, old)
+
+
+@torch.no_grad()
+def _in_place_of(old: BatchNorm, factory: Callable[[int], nn.Module]) -> nn.Module:
+    new = factory(old.num_features)
+    given = next((t for t in old.state_dict().values() if t.is_floating_point()), None)
+    if given is not None:
+        new = new.to(given.device, given.dtype)
+    for name in ("eps", "momentum"):
+        if hasattr(new, name):
+            setattr(new, name, getattr(old, name))
+    fitting = {
+        name: value
+        for name, value in old.state_dict().items()
+        if name in (own := new.state_dict()) and own[name].shape == value.shape
+    }
+    new.load_state_dict(fitting, strict=False)
+    return new.train(old.training)

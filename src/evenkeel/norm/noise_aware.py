@@ -1,0 +1,202 @@
+"""Batch norm that follows the hardware it runs on while it serves."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from evenkeel.layers import restore_precision
+
+WARM_UP = 1024
+"""Samples in which the layer takes over what it sees: before, it has no yardstick to doubt it."""
+PRIOR = 4
+"""What the statistics it starts with are worth, in samples."""
+CALLS = 8
+"""A later window spans at least so many calls: noise that is new at each read averages out."""
+SURPRISE = 2.0
+"""Times the expected squared distance above which a window counts for less."""
+TINY = 1e-12
+
+
+class NoiseAwareBatchNorm(nn.modules.batchnorm._BatchNorm):
+    r"""Batch norm whose running statistics follow the activations in eval mode.
+
+    $$ y = \gamma\,\frac{x-\mu}{\sqrt{\sigma^2+\varepsilon}}+\beta, \qquad
+       \mu \leftarrow \mu + r\,h\,(\bar x - \mu), \quad
+       \sigma^2 \leftarrow \sigma^2 + r\,h\,(s^2 - \sigma^2) $$
+
+    Over the first 1024 samples it warms up: each batch is taken into the statistics before it is
+    normalized, the first almost entirely, so that all layers of a deep network come right together.
+    Then an update is made once for every ``window`` samples (and 8 batches), whose activations have
+    the mean $\bar x$ and the variance $s^2$, and a sample's output no longer depends on its batch.
+
+    From then on the guard is on: $h = \min(1, 2/q)^2$, where $q$ is the squared distance of a
+    window's means from $\mu$ over the one expected: their sampling error, measured from how much
+    the window's samples differ from each other, and what batches differed by while warming up. A
+    mixed stream has $q \approx 1$. A run of one class is further off than its own samples explain,
+    and hardly moves the statistics; a change that stays is followed all the same, slowly.
+
+    In train mode it is batch norm. ``tracking = False`` freezes the statistics.
+
+    Use when a network serves on noisy or drifting hardware and there is no time to calibrate. Not
+    when the first 1024 samples may be of one class, nor when one input must always give one output.
+
+    Args:
+        num_features: channels.
+        eps: added to the variance.
+        momentum: of the running statistics in train mode, as in torch.
+        affine: whether there are $\gamma$ and $\beta$.
+        window: samples whose moments make one update.
+        update_rate: $r$ in the long run.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+
+    Shape:
+        (N, C, *spatial) -> the same.
+
+    Examples:
+        >>> import torch, evenkeel as ek
+        >>> layer = ek.norm.NoiseAwareBatchNorm2d(3).eval()
+        >>> images = torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(0)) + 5
+        >>> for batch in images.split(8):
+        ...     _ = layer(batch)
+        >>> bool((layer.running_mean - 5).abs().max() < 0.2)
+        True
+
+    References:
+        After Tsai et al., "Robust Processing-In-Memory Neural Networks via Noise-Aware
+        Normalization", arXiv 2007.03230, as told in its abstracts, which do not give the rule;
+        warm-up, windows and guard are evenkeel's.
+    """
+
+    running_mean: Tensor  # type: ignore[assignment]  # torch's may be None
+    running_var: Tensor  # type: ignore[assignment]
+    samples_tracked: Tensor
+    windows_tracked: Tensor
+    unrest: Tensor
+    window_samples: Tensor
+    window_calls: Tensor
+    window_sums: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        *,
+        window: int = 64,
+        update_rate: float = 0.1,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, device=device, dtype=dtype)
+        self.window = window
+        self.update_rate = update_rate
+        self.tracking = True
+        whole = {"device": device, "dtype": torch.int64}
+        real = {"device": device, "dtype": torch.float32}
+        self.register_buffer("samples_tracked", torch.zeros((), **whole))
+        self.register_buffer("windows_tracked", torch.zeros((), **whole))
+        self.register_buffer("unrest", torch.zeros((), **real))
+        # What is served since the last update: not saved, so gone on loading.
+        self.register_buffer("window_samples", torch.zeros((), **whole), persistent=False)
+        self.register_buffer("window_calls", torch.zeros((), **whole), persistent=False)
+        sums = torch.zeros(3, num_features, **real)
+        self.register_buffer("window_sums", sums, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize, and in eval mode take note of what came."""
+        if self.training or not self.tracking:
+            return super().forward(x)
+        self._check_input_dim(x)
+        with torch.no_grad():
+            sums = self._sums(x)
+            seen = self._warm_up(sums, x.shape[0])
+        y = super().forward(x)
+        with torch.no_grad():
+            self._follow(sums, x.shape[0], seen)
+        return y
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected an input of shape (N, C, *spatial), got {input.shape}")
+
+    def _sums(self, x: Tensor) -> Tensor:
+        """(3, C): over samples, of their means, of those squared, and of their mean squares.
+
+        All about the present running mean, which keeps digits where the mean is large.
+        """
+        about = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)  # (N, C, P)
+        about = about.to(self.window_sums.dtype) - self.running_mean[:, None]
+        shift = about.mean(2)  # (N, C)
+        return torch.stack([shift.sum(0), shift.square().sum(0), about.square().mean(2).sum(0)])
+
+    def _warm_up(self, sums: Tensor, samples: int) -> Tensor:
+        """Take a batch into the statistics before it is normalized by them; whether it was."""
+        cold = (self.samples_tracked < WARM_UP) & torch.isfinite(sums).all()
+        rate = cold * (samples / (samples + PRIOR + self.samples_tracked / 4))
+        mean, var, distance, error = self._moments(sums, self.samples_tracked.new_tensor(samples))
+        self._move(rate, mean, var + (1 - rate) * mean.square())
+        self.unrest.lerp_((distance - error).clamp_min(0).nan_to_num(), rate)
+        self.samples_tracked += samples * cold
+        return cold
+
+    def _follow(self, sums: Tensor, samples: int, seen: Tensor) -> None:
+        """Add a batch to the window, and the window to the statistics once it is full."""
+        self.window_sums += sums.masked_fill(seen, 0)
+        self.window_samples += samples * ~seen
+        self.window_calls += ~seen
+        full = (self.window_samples >= self.window) & (self.window_calls >= CALLS)
+        mean, var, distance, error = self._moments(self.window_sums, self.window_samples)
+        expected = error + self.unrest / self.window_calls.clamp_min(1)
+        trust = (SURPRISE * expected / distance.clamp_min(TINY)).clamp_max(1).square()
+        rate = (1 / (2 + self.windows_tracked)).clamp_min(self.update_rate) * trust
+        sound = torch.isfinite(self.window_sums).all()
+        self._move(rate * (full & sound), mean, var)
+        self.windows_tracked += full & sound
+        for kept in (self.window_sums, self.window_samples, self.window_calls):
+            kept.masked_fill_(full, 0)
+
+    def _moments(self, sums: Tensor, samples: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean about the running one and variance, (C,); the mean's squared distance, its error."""
+        n = samples.clamp_min(2)
+        mean, square, power = sums / samples.clamp_min(1)
+        var = (power - mean.square()).clamp_min(0)
+        unit = self.running_var + self.eps
+        error = ((square - mean.square()).clamp_min(0) / (n - 1) / unit).mean()
+        return mean, var, (mean.square() / unit).mean(), error
+
+    def _move(self, rate: Tensor, mean: Tensor, var: Tensor) -> None:
+        self.running_mean += (rate * mean).nan_to_num()
+        self.running_var += (rate * (var - self.running_var)).nan_to_num()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        restore_precision(self, before, ("unrest", "window_sums"))
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("samples_tracked", "windows_tracked", "unrest"):  # a BatchNorm's has none
+            state_dict.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class NoiseAwareBatchNorm1d(NoiseAwareBatchNorm):
+    """:class:`NoiseAwareBatchNorm` for (N, C) and (N, C, L)."""
+
+    _check_input_dim = nn.BatchNorm1d._check_input_dim
+
+
+class NoiseAwareBatchNorm2d(NoiseAwareBatchNorm):
+    """:class:`NoiseAwareBatchNorm` for (N, C, H, W)."""
+
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
+
+
+class NoiseAwareBatchNorm3d(NoiseAwareBatchNorm):
+    """:class:`NoiseAwareBatchNorm` for (N, C, D, H, W)."""
+
+    _check_input_dim = nn.BatchNorm3d._check_input_dim
