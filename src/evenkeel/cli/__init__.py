@@ -1,4 +1,4 @@
-"""The command line: ``evenkeel audit``, ``train``, ``data``, ``devices``."""
+"""The command line: ``evenkeel audit``, ``train``, ``study``, ``data``, ``devices``."""
 
 import sys
 
@@ -12,6 +12,7 @@ def main() -> None:
     from evenkeel.cli.audit import audit
     from evenkeel.cli.data import data
     from evenkeel.cli.devices import devices
+    from evenkeel.cli.study import study
     from evenkeel.cli.train import train
 
     app = App(
@@ -23,6 +24,7 @@ def main() -> None:
     app.command(devices)
     app.command(data)
     app.command(train)
+    app.command(study)
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=True)
     except CycloptsError:

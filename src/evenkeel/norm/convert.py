@@ -62,7 +62,7 @@ def convert_(model: nn.Module, factory: Callable[[int], nn.Module]) -> Conversio
                 skipped[path] = f"{type(module).__name__} is not a batch norm"
         elif not path:
             skipped[path] = "it is the whole network, and has no place to be replaced in"
-        elif isinstance(module.running_mean, nn.UninitializedBuffer):  # type: ignore[attr-defined]
+        elif isinstance(module.running_mean, nn.UninitializedBuffer):
             skipped[path] = "it has not seen its first batch, and has no channels yet"
         else:
             old[path] = module

@@ -70,8 +70,8 @@ class NoiseAwareBatchNorm(nn.modules.batchnorm._BatchNorm):
         warm-up, windows and guard are evenkeel's.
     """
 
-    running_mean: Tensor  # type: ignore[assignment]  # torch's may be None
-    running_var: Tensor  # type: ignore[assignment]
+    running_mean: Tensor
+    running_var: Tensor
     samples_tracked: Tensor
     windows_tracked: Tensor
     unrest: Tensor

@@ -1,0 +1,10 @@
+"""Studies: a method's claims, measured, each by one command that can be interrupted."""
+
+from evenkeel.studies.frame import SCALES as SCALES
+from evenkeel.studies.frame import Desk as Desk
+from evenkeel.studies.frame import Part as Part
+from evenkeel.studies.frame import Study as Study
+from evenkeel.studies.frame import run as run
+
+STUDIES = {"noise_aware": "evenkeel.studies.noise_aware.study:STUDY"}
+"""By name, where each is; a study is imported when it is asked for."""

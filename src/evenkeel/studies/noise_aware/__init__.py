@@ -1,0 +1,1 @@
+"""The claims of noise-aware normalization."""
