@@ -4,6 +4,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ import evenkeel as ek
 from evenkeel.audit.names import resolve
 from evenkeel.audit.plan import age_label, parse_age
 from evenkeel.audit.remedy import as_row, fitting_seed
+from evenkeel.audit.run import Workload, _compact
 from evenkeel.audit.store import Store
 from evenkeel.audit.summary import quantile, share_interval, summarize, t_interval
 from evenkeel.audit.tasks import Classify, Regress
@@ -534,3 +536,12 @@ def test_deep_grey_images_keep_their_depth(tmp_path):
         Image.fromarray(values).save(tmp_path / part / "c" / "0.png")
     (x, _), *_ = image_folder(tmp_path).test
     torch.testing.assert_close(x[0, 0], torch.from_numpy(values / 65535).float())
+
+
+def test_workers_are_sent_each_sample_once():
+    x = torch.randn(1000, 100)
+    whole = Data("parts", [(p, p) for p in x.split(10)], [(p,) for p in x.split(10)])
+    work = Workload(torch.nn.Linear(2, 2), whole, None)
+    sent = cloudpickle.dumps(_compact(work))
+    assert len(sent) < 4 * x.numel() * 4
+    assert len(cloudpickle.dumps(work)) > 50 * len(sent)  # what it would be

@@ -20,6 +20,20 @@ def narrow(batch: Any, start: int, stop: int) -> Any:
     )
 
 
+def owned(batch: Any) -> Any:
+    """The batch with tensors that hold their own elements only.
+
+    A part of a larger tensor is sent to another process with all of the larger one.
+    """
+    return torch.utils._pytree.tree_map(
+        lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and _is_part(leaf) else leaf, batch
+    )
+
+
+def _is_part(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+
+
 def first(batches: Iterable[Any], samples: int) -> list[Any]:
     """As many samples from the start, in whole batches but for the last.
 

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 from evenkeel.audit.plan import Plan, Trial
 from evenkeel.audit.remedy import FitBench
 from evenkeel.audit.store import Store
+from evenkeel.batches import owned
 from evenkeel.data import Data
 from evenkeel.errors import ConfigError, WorkerError
 from evenkeel.layers import register_weight_layer, registered_kinds
@@ -122,10 +123,16 @@ def run(
         return results
     with tempfile.TemporaryDirectory(prefix="evenkeel-") as folder:
         path = Path(folder) / "workload.pickle"
-        path.write_bytes(cloudpickle.dumps((work, registered_kinds())))
+        path.write_bytes(cloudpickle.dumps((_compact(work), registered_kinds())))
         pool = executor or _local_processes(workers, work.plan.model)
         _gather(pool, str(path), pending, keep)
     return results
+
+
+def _compact(work: Workload) -> Workload:
+    """The work with batches that can be sent: not each with all the samples it was cut from."""
+    test, calibration = ([owned(b) for b in bs] for bs in (work.data.test, work.data.calibration))
+    return replace(work, data=replace(work.data, test=test, calibration=calibration))
 
 
 def num_workers(asked: int | None) -> int:
