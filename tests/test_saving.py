@@ -363,3 +363,22 @@ def test_a_saved_file_has_the_mode_of_any_other(path):
         os.umask(mask)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert path.read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("own_code", [False, True])
+def test_what_was_put_into_a_network_is_there_again(tmp_path, own_code):
+    x = torch.randn(64, 1, 8, 8)
+    network = models.build("resnet8_digits").eval()
+    ek.calibrate.match_(network, x.split(16))
+    ek.norm.convert_(network, lambda c: ek.norm.NoiseAwareBatchNorm2d(c, window=32))
+    network(x)  # the layers track it
+    ek.save(network, tmp_path / "network.safetensors")
+    again = ek.load(
+        tmp_path / "network.safetensors",
+        model=models.build("resnet8_digits").eval() if own_code else None,
+    )
+    assert torch.equal(again(x), network(x))
+    assert again.stem[1].window == 32
+    chip = ek.analog.program(network, ek.analog.PCM(), seed=0).age_(3600)
+    ek.save(chip, tmp_path / "chip.safetensors")
+    assert torch.equal(ek.load(tmp_path / "chip.safetensors").rewind_()(x), chip.rewind_()(x))

@@ -1,5 +1,6 @@
 """save and load: safetensors with a versioned JSON description, never a pickle."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from evenkeel import analog, models
+from evenkeel import analog, models, norm
 from evenkeel.analog.device import Device, DeviceModel
 from evenkeel.calibrate import Calibration
 from evenkeel.calibrate.match import matched_paths, put_behind_empty
@@ -56,8 +57,8 @@ def save(item: nn.Module | Calibration, path: str | Path, **about: Any) -> None:
     else:
         description |= {"type": "Network", "model": models.config_of(item)}
     network = item.model if isinstance(item, analog.Chip) else item
-    if isinstance(network, nn.Module) and (matched := matched_paths(network)):
-        description["matched"] = matched
+    if isinstance(network, nn.Module):
+        description |= {kind: found for kind, found in _additions(network).items() if found}
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in item.state_dict().items()}
     write_atomically(path, to_bytes(tensors, {_HEADER: json.dumps(description)}))
 
@@ -90,10 +91,7 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: Device | N
             f"{path} holds the tensors of a {kind.lower()} but not the code of its network. Pass "
             f"it: load(path, model=...)."
         )
-    matched = matched_paths(network)
-    put_behind_empty(
-        network, {p: n for p, n in description.get("matched", {}).items() if p not in matched}
-    )
+    _add(network, description)
     if kind == "Chip":
         if device is None:
             device = _device_from(description["device"])
@@ -166,6 +164,43 @@ def load_tensors(
         )
     with torch.no_grad():
         model.load_state_dict(tensors, strict=False)
+
+
+_NOISE_AWARE = {
+    kind.__name__: kind
+    for kind in (
+        norm.NoiseAwareBatchNorm,
+        norm.NoiseAwareBatchNorm1d,
+        norm.NoiseAwareBatchNorm2d,
+        norm.NoiseAwareBatchNorm3d,
+    )
+}
+
+
+def _additions(network: nn.Module) -> dict[str, dict[str, Any]]:
+    """What evenkeel has put into a network, by path, as far as a file must tell of it."""
+    return {
+        "matched": matched_paths(network),
+        "noise_aware": {
+            path: {"type": type(m).__name__, "window": m.window, "update_rate": m.update_rate}
+            for path, m in network.named_modules()
+            if isinstance(m, norm.NoiseAwareBatchNorm)
+        },
+    }
+
+
+def _add(network: nn.Module, description: dict[str, Any]) -> None:
+    """Put into a network what a file's description tells of, where it is not in it already."""
+    there = _additions(network)
+    matched = description.get("matched", {}).items()
+    put_behind_empty(network, {p: n for p, n in matched if p not in there["matched"]})
+    for path, settings in description.get("noise_aware", {}).items():
+        if path not in there["noise_aware"]:
+            options = dict(settings)
+            make = functools.partial(_NOISE_AWARE[options.pop("type")], **options)
+            old = network.get_submodule(path)
+            assert isinstance(old, norm.convert.BatchNorm)
+            network.set_submodule(path, norm.convert.in_place_of(old, make))
 
 
 def _device_from(config: dict[str, Any]) -> Device:

@@ -28,7 +28,9 @@ from evenkeel.protocols import Device, Remedy, Task
 from evenkeel.provenance import environment
 
 AGES = (0, "1h", "1d", "1mo", "1y")
-REMEDIES = ("none", "drift", "pooled", "calibrate", "drift+calibrate", "clip+calibrate")
+REMEDIES = (
+    "none", "drift", "pooled", "online", "calibrate", "match+calibrate", "match+clip+calibrate",
+)  # fmt: skip
 LEAST_CHIPS = 8
 """What ``until`` starts from: fewer can look alike by chance."""
 MAX_CHIPS = 512

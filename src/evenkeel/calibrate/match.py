@@ -115,6 +115,10 @@ class Matching:
         return "\n".join(f"{path:<{width}}  {what}" for path, what in said.items())
 
 
+class NothingToMatch(CalibrationError):
+    """Every layer has a normalizer behind it, or cannot be matched."""
+
+
 @torch.no_grad()
 def match_(
     model: nn.Module,
@@ -145,8 +149,8 @@ def match_(
         The certificate: layers matched and skipped, with the reasons; ``undo()``.
 
     Raises:
-        CalibrationError: no layer to match, no batch, outputs not finite, or a layer named cannot
-            be matched.
+        NothingToMatch: no layer to match; a CalibrationError.
+        CalibrationError: outputs are not finite, or a layer named cannot be matched.
 
     Examples:
         >>> import torch, evenkeel as ek
@@ -178,7 +182,7 @@ def match_(
     found = {path: m for path, m in outputs.moments.items() if path not in skipped}
     if not found:
         said = "; ".join(f"'{path}': {why}" for path, why in skipped.items())
-        raise CalibrationError(
+        raise NothingToMatch(
             f"match_ needs a layer with weights that no normalizer with running statistics "
             f"follows; {type(model).__name__} has none ({said or 'no layer has weights'}). On a "
             f"network that is on a chip already it is too late: match first, then program."

@@ -1,5 +1,6 @@
 """Calibration on each chip, and statistics pooled over chips, as an audit knows them."""
 
+import contextlib
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -8,7 +9,7 @@ from torch import nn
 from evenkeel.batches import first
 from evenkeel.calibrate.calibration import calibrate_
 from evenkeel.calibrate.estimate import ESTIMATORS, Shrinkage
-from evenkeel.calibrate.match import match_
+from evenkeel.calibrate.match import NothingToMatch, match_
 from evenkeel.calibrate.pool import pool_statistics_
 from evenkeel.calibrate.statistics import missing_normalizers
 from evenkeel.errors import ConfigError, nearest
@@ -108,9 +109,10 @@ class Match:
         return "match" if self.layers is None else f"match:{self.layers}"
 
     def prepare_(self, model: nn.Module, bench: Bench) -> None:
-        """Record the digital network's moments."""
+        """Record the digital network's moments; where nothing wants matching, leave it be."""
         layers = None if self.layers is None else [self.layers]
-        match_(model, bench.batches, layers=layers, forward=bench.forward)
+        with contextlib.suppress(NothingToMatch):
+            match_(model, bench.batches, layers=layers, forward=bench.forward)
 
     def to_dict(self) -> dict[str, Any]:
         """Settings and version."""

@@ -83,7 +83,8 @@ def audit(
         Times since programming. Default: 0,1h,1d,1mo,1y.
     remedy
         Rows of remedies; the first is what the others are compared with. Default, as far as the
-        network has a use for them: none,drift,pooled,calibrate,drift+calibrate,clip+calibrate.
+        network has a use for them: none,drift,pooled,online,calibrate,match+calibrate,
+        match+clip+calibrate.
     chips
         How many chips of each device.
     until

@@ -67,7 +67,7 @@ def convert_(model: nn.Module, factory: Callable[[int], nn.Module]) -> Conversio
         else:
             old[path] = module
             if id(module) not in made:  # one that is used in two places stays one
-                made[id(module)] = _in_place_of(module, factory)
+                made[id(module)] = in_place_of(module, factory)
     if not old:
         said = "; ".join(f"'{path}': {why}" for path, why in skipped.items())
         raise ConfigError(
@@ -80,7 +80,8 @@ def convert_(model: nn.Module, factory: Callable[[int], nn.Module]) -> Conversio
 
 
 @torch.no_grad()
-def _in_place_of(old: BatchNorm, factory: Callable[[int], nn.Module]) -> nn.Module:
+def in_place_of(old: BatchNorm, factory: Callable[[int], nn.Module]) -> nn.Module:
+    """What ``factory`` makes, with all of the old one's state that has a place in it."""
     new = factory(old.num_features)
     given = next((t for t in old.state_dict().values() if t.is_floating_point()), None)
     if given is not None:

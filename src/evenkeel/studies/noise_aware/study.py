@@ -28,14 +28,16 @@ DRIFT_ROWS = (*ROWS, "drift", "match+drift+calibrate")
 
 FAMILIES = {
     "gaussian": ("gaussian:0.02", "gaussian:0.05", "gaussian:0.1", "gaussian:0.15"),
-    "pcm": ("pcm",),
     "stuck_at": ("stuck_at:0.005:0.005", "stuck_at:0.025:0.025"),
     "log_normal": ("log_normal:0.2", "log_normal:0.4"),
     "gain": ("gain:0.7", "gain:0.4"),
+    "pcm": ("pcm",),
 }
 AGES = ("0", "1h", "1d", "1mo", "1y")
 HEADLINE = (("gaussian:0.1", "0"), ("pcm", "1d"), ("stuck_at:0.005:0.005", "0"))
 HARDENED_ON = "gaussian:0.08"
+DEPLOYED_ON = (("gaussian:0.1", "0"), ("log_normal:0.4", "0"), ("gain:0.4", "0"),
+               ("stuck_at:0.025:0.025", "0"), ("pcm", "0"), ("pcm", "1d"))  # fmt: skip
 
 SIZES: dict[str, dict[str, Any]] = {
     "smoke": {"chips": 2, "test": 100, "many": 200, "epochs": 2, "harden_epochs": 1},
@@ -53,7 +55,7 @@ def parts(scale: str) -> list[Part]:
     size = SIZES[scale]
     small = scale == "smoke"
     common = {"chips": size["chips"], "test_samples": size["test"], "epochs": size["epochs"]}
-    found = [
+    sweeps = [
         Part(
             family,
             f"Every remedy, alone and combined, on {family}",
@@ -68,7 +70,7 @@ def parts(scale: str) -> list[Part]:
         )
         for family, devices in FAMILIES.items()
     ]
-    found += [
+    without = [
         Part(
             f"norm_{norm}",
             f"Output matching on a network with {norm} norm, and batch norm's own remedies beside",
@@ -83,7 +85,7 @@ def parts(scale: str) -> list[Part]:
         )
         for norm in ("group", "none")
     ]  # fmt: skip
-    found += [
+    more = [
         Part(
             "online",
             "The online layer on a shuffled stream, and on streams of one class",
@@ -103,13 +105,12 @@ def parts(scale: str) -> list[Part]:
                 **common,
                 "on": HARDENED_ON,
                 "harden_epochs": size["harden_epochs"],
-                "cells": [[d, "0"] for f, ds in FAMILIES.items() if f != "pcm" for d in ds][
-                    : 2 if small else None
-                ]
-                + ([] if small else [["pcm", age] for age in ("0", "1d", "1y")]),
+                "cells": [list(cell) for cell in DEPLOYED_ON[: 2 if small else None]],
                 "remedies": ["none", "calibrate"],
             },
         ),
+    ]
+    last = [
         Part(
             "reads",
             "Few images where noise is new at every read: each run once, or eight times",
@@ -138,7 +139,7 @@ def parts(scale: str) -> list[Part]:
             },
         ),
     ]  # fmt: skip
-    return found
+    return [sweeps[0], *without, *more, *sweeps[1:], *last]
 
 
 def trained(desk: Desk, norm: str, epochs: int) -> Path:
