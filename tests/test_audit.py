@@ -353,7 +353,8 @@ def test_a_store_keeps_each_trial_once(tmp_path):
 def test_default_remedies_leave_out_what_a_network_has_no_use_for(data):
     plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     result = run(plain, data, chips=1)
-    assert [c.remedy for c in result.cells] == ["none", "drift"]
+    rows = ["none", "drift", "match+calibrate", "match+clip+calibrate"]
+    assert [c.remedy for c in result.cells] == rows
     assert "calibrate" in result.notes[0]
     with pytest.raises(ConfigError, match="'calibrate' cannot be used"):
         run(plain, data, remedies=["none", "calibrate"])

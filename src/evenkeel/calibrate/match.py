@@ -115,7 +115,7 @@ class Matching:
         return "\n".join(f"{path:<{width}}  {what}" for path, what in said.items())
 
 
-class NothingToMatch(CalibrationError):
+class NothingToMatchError(CalibrationError):
     """Every layer has a normalizer behind it, or cannot be matched."""
 
 
@@ -149,7 +149,7 @@ def match_(
         The certificate: layers matched and skipped, with the reasons; ``undo()``.
 
     Raises:
-        NothingToMatch: no layer to match; a CalibrationError.
+        NothingToMatchError: no layer to match; a CalibrationError.
         CalibrationError: outputs are not finite, or a layer named cannot be matched.
 
     Examples:
@@ -182,7 +182,7 @@ def match_(
     found = {path: m for path, m in outputs.moments.items() if path not in skipped}
     if not found:
         said = "; ".join(f"'{path}': {why}" for path, why in skipped.items())
-        raise NothingToMatch(
+        raise NothingToMatchError(
             f"match_ needs a layer with weights that no normalizer with running statistics "
             f"follows; {type(model).__name__} has none ({said or 'no layer has weights'}). On a "
             f"network that is on a chip already it is too late: match first, then program."

@@ -9,7 +9,7 @@ from torch import nn
 from evenkeel.batches import first
 from evenkeel.calibrate.calibration import calibrate_
 from evenkeel.calibrate.estimate import ESTIMATORS, Shrinkage
-from evenkeel.calibrate.match import NothingToMatch, match_
+from evenkeel.calibrate.match import NothingToMatchError, match_
 from evenkeel.calibrate.pool import pool_statistics_
 from evenkeel.calibrate.statistics import missing_normalizers
 from evenkeel.errors import ConfigError, nearest
@@ -111,7 +111,7 @@ class Match:
     def prepare_(self, model: nn.Module, bench: Bench) -> None:
         """Record the digital network's moments; where nothing wants matching, leave it be."""
         layers = None if self.layers is None else [self.layers]
-        with contextlib.suppress(NothingToMatch):
+        with contextlib.suppress(NothingToMatchError):
             match_(model, bench.batches, layers=layers, forward=bench.forward)
 
     def to_dict(self) -> dict[str, Any]:

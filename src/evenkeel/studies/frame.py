@@ -184,7 +184,7 @@ def run(
             }
             write_atomically(path, (as_lines(known) + "\n").encode())
         done[part.name] = json.loads(path.read_text())["figures"]
-    return [*sorted(folder.glob("*.json")), *study.draw(done, folder)]
+    return [*sorted(folder.glob("*.json")), *(study.draw(done, folder) if done else ())]
 
 
 def as_lines(value: Any, indent: int = 0) -> str:
