@@ -16,6 +16,7 @@ from evenkeel.calibrate import Calibration
 from evenkeel.calibrate.match import matched_paths, put_behind_empty
 from evenkeel.errors import ConfigError
 from evenkeel.files import write_atomically
+from evenkeel.layers import unwrapped
 
 FORMAT = 1
 _HEADER = "evenkeel"
@@ -49,7 +50,7 @@ def save(item: nn.Module | Calibration, path: str | Path, **about: Any) -> None:
             "type": "Chip",
             "device": item.device.to_dict(),
             "seed": item.seed,
-            "layers": [layer for layer, _ in item.arrays()],
+            "layers": [unwrapped(item.model, path) for path, _ in item.arrays()],
             "model": models.config_of(item.model),
         }
     elif isinstance(item, Calibration):

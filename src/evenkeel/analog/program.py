@@ -63,12 +63,11 @@ def program(
             continue
         if parametrize.is_parametrized(module):
             inside += (f"{path}.parametrizations".lstrip("."),)
-        weights = weight_layer(module)
-        if weights is not None and chosen(path, module):
-            name = unwrapped(model, path)
+        weights, name = weight_layer(module), unwrapped(model, path)
+        if weights is not None and chosen(name, module):
             arrays[id(module)] = AnalogLayer(module, weights, device, seed, name)
         elif reason := _why_digital(module, known=weights is not None):
-            digital[path] = reason
+            digital[name] = reason
     if not arrays:
         held = (
             "; ".join(f"'{path}': {why}" for path, why in digital.items()) or "no layer has weights"
@@ -86,7 +85,7 @@ def _choice(model: nn.Module, layers: LayerChoice) -> Callable[[str, nn.Module],
         return lambda path, module: True
     if callable(layers):
         return layers
-    paths = [path for path, module in model.named_modules() if weight_layer(module) is not None]
+    paths = [unwrapped(model, p) for p, m in model.named_modules() if weight_layer(m) is not None]
     chosen = chosen_paths(layers, paths)
     return lambda path, module: path in chosen
 
