@@ -124,7 +124,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="evenkeel-") as folder:
         path = Path(folder) / "workload.pickle"
         path.write_bytes(cloudpickle.dumps((_compact(work), registered_kinds())))
-        pool = executor or _local_processes(workers, work.plan.model)
+        pool = executor or local_processes(workers, work.plan.model)
         _gather(pool, str(path), pending, keep)
     return results
 
@@ -148,7 +148,8 @@ def num_workers(asked: int | None) -> int:
     return asked
 
 
-def _local_processes(workers: int, fingerprint: str) -> Executor:
+def local_processes(workers: int, fingerprint: str) -> Executor:
+    """Processes of one thread each; they are kept for the next work of the same fingerprint."""
     from loky import get_reusable_executor
 
     # The fingerprint is there to be compared: for another network, or one whose code was edited,

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
+from rich.progress import TaskID
 
 from evenkeel.cli.progress import progress_bar
 from evenkeel.errors import ConfigError, nearest
@@ -62,11 +63,12 @@ def study(
     for folder in (out, cache):
         require_writable_folder(folder)
     with progress_bar(console) as bar:
-        jobs = {"": bar.add_task("study", total=None)}
+        jobs: dict[str, TaskID] = {}
 
         def show(what: str, done: int, total: int) -> None:
-            job = jobs.setdefault(what, bar.add_task(what) if what not in jobs else jobs[""])
-            bar.update(job, completed=done, total=total, visible=done < total)
+            if what not in jobs:
+                jobs[what] = bar.add_task(what)
+            bar.update(jobs[what], completed=done, total=total, visible=done < total)
 
         desk = Desk(chosen.data[scale], data_root, networks, cache, workers, show)
         command = shlex.join(["evenkeel", *sys.argv[1:]])

@@ -1,5 +1,7 @@
 """Modules around a layer that leave it its name."""
 
+from typing import Any
+
 from torch import nn
 
 
@@ -15,6 +17,15 @@ class Wrapper(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        """What the wrapper lacks, such as ``weight`` or ``in_features``, is the layer's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "layer":
+                raise
+            return getattr(self.layer, name)
 
 
 def unwrapped(model: nn.Module, path: str) -> str:

@@ -5,6 +5,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from evenkeel.layers import restore_precision
 
@@ -114,7 +115,9 @@ class NoiseAwareBatchNorm(nn.modules.batchnorm._BatchNorm):
         with torch.no_grad():
             sums = self._sums(x)
             seen = self._warm_up(sums, x.shape[0])
-        y = super().forward(x)
+        # Copies, as a gradient may need what this batch was normalized by after it has moved on.
+        mean, var = self.running_mean.clone(), self.running_var.clone()
+        y = F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
         with torch.no_grad():
             self._follow(sums, x.shape[0], seen)
         return y
@@ -137,7 +140,9 @@ class NoiseAwareBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Take a batch into the statistics before it is normalized by them; whether it was."""
         cold = (self.samples_tracked < WARM_UP) & torch.isfinite(sums).all()
         rate = cold * (samples / (samples + PRIOR + self.samples_tracked / 4))
-        mean, var, distance, error = self._moments(sums, self.samples_tracked.new_tensor(samples))
+        mean, var, distance, error = self._moments(
+            sums, torch.ones_like(self.samples_tracked) * samples
+        )
         self._move(rate, mean, var + (1 - rate) * mean.square())
         self.unrest.lerp_((distance - error).clamp_min(0).nan_to_num(), rate)
         self.samples_tracked += samples * cold

@@ -14,6 +14,7 @@ from torch import nn
 
 import evenkeel as ek
 from evenkeel import data as datasets
+from evenkeel.audit.run import local_processes, num_workers
 from evenkeel.audit.store import Store
 from evenkeel.audit.summary import Cell
 from evenkeel.data.dataset import Data, fingerprint
@@ -119,10 +120,6 @@ class Desk:
 
     def each(self, work: Callable[..., Facts], items: Sequence[Facts], what: str) -> list[Facts]:
         """``work(**item)`` for every item, in processes of one thread; finished ones are kept."""
-        from loky import get_reusable_executor
-
-        from evenkeel.audit.run import num_workers
-
         label = f"{work.__module__}.{work.__qualname__}"
         keys = [
             fingerprint([label, json.dumps(item, sort_keys=True, default=str)]) for item in items
@@ -131,17 +128,19 @@ class Desk:
             results = store.results(keys)
             todo = {key: item for key, item in zip(keys, items, strict=True) if key not in results}
             self.progress(what, len(results), len(items))
-            pool = get_reusable_executor(
-                max_workers=max(1, num_workers(self.workers)), initializer=_one_thread
-            )
+            pool = local_processes(max(1, num_workers(self.workers)), label)
             futures: dict[Future[Facts], str] = {
                 pool.submit(work, **item): key for key, item in todo.items()
             }
-            for future in as_completed(futures):
-                key = futures[future]
-                results[key] = future.result()
-                store.add(key, label, results[key])
-                self.progress(what, len(results), len(items))
+            try:
+                for future in as_completed(futures):
+                    key = futures[future]
+                    results[key] = future.result()
+                    store.add(key, label, results[key])
+                    self.progress(what, len(results), len(items))
+            finally:
+                for future in futures:
+                    future.cancel()
         return [results[key] for key in keys]
 
 
@@ -255,7 +254,3 @@ def load_data(name: str, root: Path | None) -> Data:
 def _of(path: Path) -> str:
     """What identifies a file or folder named in an item."""
     return sha256(path) if path.is_file() else str(path)
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
