@@ -27,11 +27,17 @@ ROWS = (
 DRIFT_ROWS = (*ROWS, "drift", "match+drift+calibrate")
 
 FAMILIES = {
-    "gaussian": ("gaussian:0.02", "gaussian:0.05", "gaussian:0.1", "gaussian:0.15"),
+    "gaussian": (
+        "gaussian:0.02",
+        "gaussian:0.05",
+        "gaussian:0.08",
+        "gaussian:0.1",
+        "gaussian:0.15",
+    ),  # fmt: skip
+    "pcm": ("pcm",),
     "stuck_at": ("stuck_at:0.005:0.005", "stuck_at:0.025:0.025"),
     "log_normal": ("log_normal:0.2", "log_normal:0.4"),
     "gain": ("gain:0.7", "gain:0.4"),
-    "pcm": ("pcm",),
 }
 AGES = ("0", "1h", "1d", "1mo", "1y")
 HEADLINE = (("gaussian:0.1", "0"), ("pcm", "1d"), ("stuck_at:0.005:0.005", "0"))
@@ -139,7 +145,7 @@ def parts(scale: str) -> list[Part]:
             },
         ),
     ]  # fmt: skip
-    return [sweeps[0], *without, *more, *sweeps[1:], *last]
+    return [sweeps[0], more[0], *without, more[1], *sweeps[1:], *last]
 
 
 def trained(desk: Desk, norm: str, epochs: int) -> Path:
