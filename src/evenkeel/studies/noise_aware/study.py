@@ -33,7 +33,7 @@ FAMILIES = {
         "gaussian:0.08",
         "gaussian:0.1",
         "gaussian:0.15",
-    ),  # fmt: skip
+    ),
     "pcm": ("pcm",),
     "stuck_at": ("stuck_at:0.005:0.005", "stuck_at:0.025:0.025"),
     "log_normal": ("log_normal:0.2", "log_normal:0.4"),
