@@ -31,6 +31,8 @@ def owned(batch: Any) -> Any:
 
 
 def _is_part(tensor: Tensor) -> bool:
+    if tensor.layout != torch.strided:
+        return False
     return tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
 
 

@@ -1,7 +1,9 @@
 """save and load: safetensors with a versioned JSON description, never a pickle."""
 
+import copy
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from evenkeel.calibrate import Calibration
 from evenkeel.calibrate.match import matched_paths, put_behind_empty
 from evenkeel.errors import ConfigError
 from evenkeel.files import write_atomically
-from evenkeel.layers import unwrapped
+from evenkeel.layers import unwrapped, weight_layer
 
 FORMAT = 1
 _HEADER = "evenkeel"
@@ -92,7 +94,9 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: Device | N
             f"{path} holds the tensors of a {kind.lower()} but not the code of its network. Pass "
             f"it: load(path, model=...)."
         )
-    _add(network, description)
+    if model is not None and kind == "Chip":
+        network = copy.deepcopy(network)
+    undo = _add(network, description, path)
     if kind == "Chip":
         if device is None:
             device = _device_from(description["device"])
@@ -104,7 +108,11 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: Device | N
         network = analog.program(
             network, device, seed=description["seed"], layers=description["layers"]
         )
-    load_tensors(network, tensors, path, strict=kind != "Calibration")
+    try:
+        load_tensors(network, tensors, path, strict=kind != "Calibration")
+    except ConfigError:
+        undo()
+        raise
     return network
 
 
@@ -183,25 +191,43 @@ def _additions(network: nn.Module) -> dict[str, dict[str, Any]]:
     return {
         "matched": matched_paths(network),
         "noise_aware": {
-            path: {"type": type(m).__name__, "window": m.window, "update_rate": m.update_rate}
+            path: {
+                "type": type(m).__name__,
+                "window": m.window,
+                "update_rate": m.update_rate,
+                "patience": m.patience,
+            }
             for path, m in network.named_modules()
             if isinstance(m, norm.NoiseAwareBatchNorm)
         },
     }
 
 
-def _add(network: nn.Module, description: dict[str, Any]) -> None:
-    """Put into a network what a file's description tells of, where it is not in it already."""
+def _add(network: nn.Module, description: dict[str, Any], file: str | Path) -> Callable[[], None]:
+    """Put into a network what a file's description tells of and it lacks; returns the way back."""
     there = _additions(network)
-    matched = description.get("matched", {}).items()
-    put_behind_empty(network, {p: n for p, n in matched if p not in there["matched"]})
-    for path, settings in description.get("noise_aware", {}).items():
-        if path not in there["noise_aware"]:
-            options = dict(settings)
-            make = functools.partial(_NOISE_AWARE[options.pop("type")], **options)
-            old = network.get_submodule(path)
-            assert isinstance(old, norm.convert.BatchNorm)
-            network.set_submodule(path, norm.convert.in_place_of(old, make))
+    matched = {p: n for p, n in description.get("matched", {}).items() if p not in there["matched"]}
+    aware = description.get("noise_aware", {})
+    aware = {path: settings for path, settings in aware.items() if path not in there["noise_aware"]}
+    modules = dict(network.named_modules())
+    wrong = [p for p in matched if p not in modules or weight_layer(modules[p]) is None]
+    wrong += [p for p in aware if norm.convert.why_not(modules.get(p, network)) is not None]
+    if wrong:
+        raise ConfigError(
+            f"The weights in {file} do not fit {type(network).__name__}: '{wrong[0]}' is not the "
+            f"layer there that the file tells of. Check that it belongs to this architecture."
+        )
+    put_behind_empty(network, matched)
+    for path, settings in aware.items():
+        options = dict(settings)
+        make = functools.partial(_NOISE_AWARE[options.pop("type")], **options)
+        network.set_submodule(path, norm.convert.in_place_of(modules[path], make))
+
+    def undo() -> None:
+        for path in (*matched, *aware):
+            network.set_submodule(path, modules[path])
+
+    return undo
 
 
 def _device_from(config: dict[str, Any]) -> Device:

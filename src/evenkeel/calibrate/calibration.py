@@ -18,6 +18,7 @@ from evenkeel.calibrate.statistics import (
     in_eval,
     normalizers_of,
     read,
+    tell_trackers,
     uncompiled,
     write,
 )
@@ -56,6 +57,7 @@ class Calibration:
     def undo(self) -> None:
         """Put the old statistics back, bit for bit."""
         write(self._normalizers, self._old)
+        tell_trackers(self._normalizers, trusted=False)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The statistics in use: the new ones if kept, else the old.
@@ -181,6 +183,7 @@ def calibrate_(
         kept, reason = True, "Kept without a gate."
     if kept:
         write(normalizers, new)
+        tell_trackers(normalizers, trusted=True)
     samples = max(sum(m.samples for m in moments) for moments in measured.values())
     methods = {
         path: "output matching" if isinstance(normalizers[path], OutputMatch) else "statistics"

@@ -99,11 +99,13 @@ def collect(
     return {path: moments for path, moments in collected.items() if moments}
 
 
-def measured(x: Tensor, path: str, channel_dim: int = 1) -> BatchMoments:
+def measured(
+    x: Tensor, path: str, channel_dim: int = 1, *, who: str = "calibrate_"
+) -> BatchMoments:
     """Moments of the activations at a module; an error where they cannot be used."""
     if x.dim() < 2 or x.numel() == 0:
         raise CalibrationError(
-            f"calibrate_ needs batches of shape (N, C, *spatial) with N of 1 or more; what reaches "
+            f"{who} needs batches of shape (N, C, *spatial) with N of 1 or more; what reaches "
             f"'{path}' has shape {tuple(x.shape)}."
         )
     moments = BatchMoments.of(x.movedim(channel_dim, 1))
@@ -111,7 +113,7 @@ def measured(x: Tensor, path: str, channel_dim: int = 1) -> BatchMoments:
         torch.isfinite(moments.var).all()
     ):  # one bad element makes its channel's moments bad
         raise CalibrationError(
-            f"calibrate_ needs finite activations; what reaches '{path}' holds NaN or infinity. "
+            f"{who} needs finite activations; what reaches '{path}' holds NaN or infinity. "
             f"Check the calibration data and the network's weights."
         )
     return moments

@@ -1,9 +1,9 @@
 """Layers that no normalizer follows: a scale and an offset behind them, for calibration to fit."""
 
 import contextlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from evenkeel.calibrate.collect import Forward, default_forward, measured
 from evenkeel.calibrate.statistics import in_eval, uncompiled
 from evenkeel.errors import CalibrationError
-from evenkeel.layers import chosen_paths, running_normalizers, weight_layer
+from evenkeel.layers import chosen_paths, restore_precision, running_normalizers, weight_layer
 from evenkeel.layers.wrapper import Wrapper
 from evenkeel.moments import BatchMoments
 
@@ -50,16 +50,22 @@ class OutputMatch(nn.Module):
     @property
     def eps(self) -> float:
         """What is added to variances."""
-        return EPS * float(self.var.mean())
+        return max(EPS * float(self.var.mean()), TINY)
 
     def forward(self, x: Tensor) -> Tensor:
         """The output with its digital moments, in the same shape and dtype."""
-        eps = EPS * self.var.mean()
-        scale = ((self.var + eps) / (self.running_var + eps).clamp_min(TINY)).sqrt()
+        eps = (EPS * self.var.mean()).clamp_min(TINY)
+        scale = ((self.var + eps) / (self.running_var + eps)).sqrt()
         shift = self.mean - self.running_mean * scale
         shape = [1] * x.dim()
         shape[self.channel_dim] = -1
         return (x * scale.view(shape) + shift.view(shape)).to(x.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        restore_precision(self, before, before)
+        return self
 
     def extra_repr(self) -> str:
         """Number of channels."""
@@ -99,10 +105,9 @@ class Matching:
 
     def undo(self) -> None:
         """Take them out again."""
-        for path in self.matched:
-            wrapper = self._model.get_submodule(path)
-            assert isinstance(wrapper, Matched)
-            self._model.set_submodule(path, wrapper.layer)
+        for path, module in list(self._model.named_modules(remove_duplicate=False)):
+            if isinstance(module, Matched):
+                self._model.set_submodule(path, module.layer)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -198,15 +203,23 @@ def put_behind(model: nn.Module, path: str, moments: BatchMoments) -> None:
     layer = model.get_submodule(path)
     weight = next(layer.parameters())
     mean, var = (m.to(weight.device, torch.float32) for m in (moments.mean, moments.unbiased_var))
-    model.set_submodule(path, Matched(layer, OutputMatch(mean, var, channel_dim(layer))))
+    _wrap(model, layer, OutputMatch(mean, var, channel_dim(layer)))
 
 
 def put_behind_empty(model: nn.Module, matched: Mapping[str, int]) -> None:
     """Wrap the layers at the paths given, with so many channels each, for a file to fill."""
     for path, channels in matched.items():
         layer = model.get_submodule(path)
-        match = OutputMatch(torch.zeros(channels), torch.ones(channels), channel_dim(layer))
-        model.set_submodule(path, Matched(layer, match))
+        device = next(layer.parameters()).device
+        mean, var = torch.zeros(channels, device=device), torch.ones(channels, device=device)
+        _wrap(model, layer, OutputMatch(mean, var, channel_dim(layer)))
+
+
+def _wrap(model: nn.Module, layer: nn.Module, match: OutputMatch) -> None:
+    wrapper = Matched(layer, match)
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if module is layer:  # one that goes by two names is wrapped under both
+            model.set_submodule(path, wrapper)
 
 
 def matched_paths(model: nn.Module) -> dict[str, int]:
@@ -248,7 +261,8 @@ class _Outputs:
         def hook(layer: nn.Module, args: Any, output: Tensor) -> None:
             self._calls[path] = self._calls.get(path, 0) + 1
             self._alive[id(output)] = output, path
-            self.moments.setdefault(path, []).append(measured(output, path, channel_dim(layer)))
+            seen = measured(output, path, channel_dim(layer), who="match_")
+            self.moments.setdefault(path, []).append(seen)
 
         return hook
 
@@ -275,6 +289,8 @@ class _Outputs:
                 reasons[path] = "it is the whole network, and has no place to be replaced in"
             elif calls == 0:
                 reasons[path] = "it was not called"
+            elif sum(m.samples for m in self.moments[path]) < 2:
+                reasons[path] = "one sample says nothing of how its outputs vary"
             elif calls > 1:
                 reasons[path] = f"it is called {calls} times in a forward, each with its own input"
         return reasons

@@ -1,6 +1,5 @@
 """Calibration on each chip, and statistics pooled over chips, as an audit knows them."""
 
-import contextlib
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -45,6 +44,7 @@ class Calibrate:
             raise ConfigError(
                 f"Unknown estimator {self.estimator!r}. {nearest(self.estimator, ESTIMATORS)}"
             )
+        object.__setattr__(self, "layers", _path(self.layers))
         for count in ("samples", "reads"):
             value = getattr(self, count)
             if value is not None and (value < 1 or value != int(value)):
@@ -103,6 +103,9 @@ class Match:
     enables: ClassVar[tuple[str, ...]] = ("calibrate",)
     version: ClassVar[int] = 1
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", _path(self.layers))
+
     @property
     def name(self) -> str:
         """With the setting, where it is not the default."""
@@ -111,8 +114,11 @@ class Match:
     def prepare_(self, model: nn.Module, bench: Bench) -> None:
         """Record the digital network's moments; where nothing wants matching, leave it be."""
         layers = None if self.layers is None else [self.layers]
-        with contextlib.suppress(NothingToMatchError):
+        try:
             match_(model, bench.batches, layers=layers, forward=bench.forward)
+        except NothingToMatchError:
+            if missing_normalizers(model):  # then calibration has nothing to fit either
+                raise
 
     def to_dict(self) -> dict[str, Any]:
         """Settings and version."""
@@ -142,6 +148,11 @@ class PoolOverChips:
     def to_dict(self) -> dict[str, Any]:
         """Settings and version."""
         return {"type": "PoolOverChips", "version": self.version}
+
+
+def _path(layers: str | float | None) -> str | None:
+    """A path as text: one that is a number, as in ``nn.Sequential``, comes as one by name."""
+    return f"{layers:g}" if isinstance(layers, int | float) else layers
 
 
 def _short(value: Any) -> str:

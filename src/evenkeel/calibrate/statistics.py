@@ -67,6 +67,13 @@ def write(normalizers: dict[str, RunningStatistics], statistics: dict[str, Stati
         normalizers[path].running_var.copy_(var)
 
 
+def tell_trackers(normalizers: dict[str, RunningStatistics], *, trusted: bool) -> None:
+    """Let those that track what they serve know that their statistics were set from outside."""
+    for normalizer in normalizers.values():
+        if hasattr(normalizer, "forget_window_"):
+            normalizer.forget_window_(warm=trusted)
+
+
 @contextlib.contextmanager
 def in_eval(model: nn.Module, normalizers: dict[str, RunningStatistics]) -> Iterator[None]:
     """Eval mode for a while, in which no normalizer tracks what it is served.

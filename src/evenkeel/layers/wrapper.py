@@ -23,7 +23,7 @@ class Wrapper(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "layer":
+            if name == "layer" or name.startswith("__"):  # copying is the wrapper's own business
                 raise
             return getattr(self.layer, name)
 

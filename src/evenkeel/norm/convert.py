@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,6 +10,20 @@ from torch import nn
 from evenkeel.errors import ConfigError
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
+_FORWARDS = (BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why a normalizer is not one that can be replaced; None for a batch norm that can."""
+    if not isinstance(module, BatchNorm):
+        return f"{type(module).__name__} is not a batch norm"
+    if type(module).forward not in _FORWARDS:
+        return f"{type(module).__name__} does more than batch norm does"
+    if isinstance(module.running_mean, nn.UninitializedBuffer):
+        return "it has not seen its first batch, and has no channels yet"
+    if module.running_mean is None:
+        return "it keeps no running statistics"
+    return None
 
 
 @dataclass
@@ -24,6 +39,16 @@ class Conversion:
     skipped: dict[str, str]
     _model: nn.Module = field(repr=False)
     _old: dict[str, nn.Module] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"converted": self.converted, "skipped": self.skipped}
+
+    def table(self) -> str:
+        """A row per normalizer."""
+        said = dict.fromkeys(self.converted, "converted") | self.skipped
+        width = max(map(len, said))
+        return "\n".join(f"{path:<{width}}  {what}" for path, what in said.items())
 
     def undo(self) -> None:
         """Put the old modules back, as they were left."""
@@ -57,14 +82,14 @@ def convert_(model: nn.Module, factory: Callable[[int], nn.Module]) -> Conversio
     skipped: dict[str, str] = {}
     made: dict[int, nn.Module] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, BatchNorm):
-            if "Norm" in type(module).__name__:
-                skipped[path] = f"{type(module).__name__} is not a batch norm"
+        if not isinstance(module, BatchNorm) and "Norm" not in type(module).__name__:
+            continue
+        if reason := why_not(module):
+            skipped[path] = reason
         elif not path:
             skipped[path] = "it is the whole network, and has no place to be replaced in"
-        elif isinstance(module.running_mean, nn.UninitializedBuffer):
-            skipped[path] = "it has not seen its first batch, and has no channels yet"
         else:
+            assert isinstance(module, BatchNorm)
             old[path] = module
             if id(module) not in made:  # one that is used in two places stays one
                 made[id(module)] = in_place_of(module, factory)
@@ -95,4 +120,7 @@ def in_place_of(old: BatchNorm, factory: Callable[[int], nn.Module]) -> nn.Modul
         if name in (own := new.state_dict()) and own[name].shape == value.shape
     }
     new.load_state_dict(fitting, strict=False)
+    for name, parameter in new.named_parameters(recurse=False):
+        if getattr(old, name, None) is not None:
+            parameter.requires_grad_(getattr(old, name).requires_grad)
     return new.train(old.training)

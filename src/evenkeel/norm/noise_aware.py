@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evenkeel.errors import ConfigError
 from evenkeel.layers import restore_precision
 
 WARM_UP = 1024
@@ -15,9 +16,8 @@ PRIOR = 4
 """What the statistics it starts with are worth, in samples."""
 CALLS = 8
 """A later window spans at least so many calls: noise that is new at each read averages out."""
-SURPRISE = 2.0
-"""Times the expected squared distance above which a window counts for less."""
-TINY = 1e-12
+SURPRISE = 4.0
+"""Times the expected squared distance, so two standard errors, beyond which it is doubted."""
 
 
 class NoiseAwareBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -32,16 +32,18 @@ class NoiseAwareBatchNorm(nn.modules.batchnorm._BatchNorm):
     Then an update is made once for every ``window`` samples (and 8 batches), whose activations have
     the mean $\bar x$ and the variance $s^2$, and a sample's output no longer depends on its batch.
 
-    From then on the guard is on: $h = \min(1, 2/q)^2$, where $q$ is the squared distance of a
-    window's means from $\mu$ over the one expected: their sampling error, measured from how much
-    the window's samples differ from each other, and what batches differed by while warming up. A
-    mixed stream has $q \approx 1$. A run of one class is further off than its own samples explain,
-    and hardly moves the statistics; a change that stays is followed all the same, slowly.
+    From then on the guard is on. A window counts ($h = 1$) if its means are within two standard
+    errors of $\mu$: their sampling error, measured from how much the window's samples differ from
+    each other, and what batches differed by while warming up. A run of one class is further off
+    than its own samples explain: such windows are left out ($h = 0$), until ``patience`` samples in
+    a row have been. Then it is the hardware, or the world, that has changed, and the layer warms up
+    anew.
 
     In train mode it is batch norm. ``tracking = False`` freezes the statistics.
 
-    Use when a network serves on noisy or drifting hardware and there is no time to calibrate. Not
-    when the first 1024 samples may be of one class, nor when one input must always give one output.
+    Use when a network serves on noisy or slowly drifting hardware and there is no time to
+    calibrate. Not when the first 1024 samples, or ``patience`` later ones, may be of one class; nor
+    when one input must always give one output.
 
     Args:
         num_features: channels.
@@ -50,6 +52,7 @@ class NoiseAwareBatchNorm(nn.modules.batchnorm._BatchNorm):
         affine: whether there are $\gamma$ and $\beta$.
         window: samples whose moments make one update.
         update_rate: $r$ in the long run.
+        patience: surprising samples in a row after which the layer warms up anew.
         device: of parameters and buffers.
         dtype: of parameters and buffers.
 
@@ -75,6 +78,7 @@ class NoiseAwareBatchNorm(nn.modules.batchnorm._BatchNorm):
     running_var: Tensor
     samples_tracked: Tensor
     windows_tracked: Tensor
+    doubted: Tensor
     unrest: Tensor
     window_samples: Tensor
     window_calls: Tensor
@@ -87,19 +91,28 @@ class NoiseAwareBatchNorm(nn.modules.batchnorm._BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         *,
-        window: int = 64,
+        window: int = 256,
         update_rate: float = 0.1,
+        patience: int = 2048,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, device=device, dtype=dtype)
+        if window < 2 or not 0 < update_rate <= 1 or patience < 0:
+            raise ConfigError(
+                f"{type(self).__name__} needs a window of 2 samples or more, an update_rate "
+                f"above 0 and at most 1, a patience of 0 or more; got {window!r}, {update_rate!r}, "
+                f"{patience!r}."
+            )
         self.window = window
         self.update_rate = update_rate
+        self.patience = patience
         self.tracking = True
         whole = {"device": device, "dtype": torch.int64}
         real = {"device": device, "dtype": torch.float32}
         self.register_buffer("samples_tracked", torch.zeros((), **whole))
         self.register_buffer("windows_tracked", torch.zeros((), **whole))
+        self.register_buffer("doubted", torch.zeros((), **whole))
         self.register_buffer("unrest", torch.zeros((), **real))
         # What is served since the last update: not saved, so gone on loading.
         self.register_buffer("window_samples", torch.zeros((), **whole), persistent=False)
@@ -132,7 +145,8 @@ class NoiseAwareBatchNorm(nn.modules.batchnorm._BatchNorm):
         All about the present running mean, which keeps digits where the mean is large.
         """
         about = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)  # (N, C, P)
-        about = about.to(self.window_sums.dtype) - self.running_mean[:, None]
+        real = self.window_sums.dtype
+        about = about.to(real) - self.running_mean.to(real)[:, None]
         shift = about.mean(2)  # (N, C)
         return torch.stack([shift.sum(0), shift.square().sum(0), about.square().mean(2).sum(0)])
 
@@ -144,7 +158,7 @@ class NoiseAwareBatchNorm(nn.modules.batchnorm._BatchNorm):
             sums, torch.ones_like(self.samples_tracked) * samples
         )
         self._move(rate, mean, var + (1 - rate) * mean.square())
-        self.unrest.lerp_((distance - error).clamp_min(0).nan_to_num(), rate)
+        self.unrest += rate * ((distance - error).clamp_min(0).nan_to_num() - self.unrest)
         self.samples_tracked += samples * cold
         return cold
 
@@ -156,20 +170,43 @@ class NoiseAwareBatchNorm(nn.modules.batchnorm._BatchNorm):
         full = (self.window_samples >= self.window) & (self.window_calls >= CALLS)
         mean, var, distance, error = self._moments(self.window_sums, self.window_samples)
         expected = error + self.unrest / self.window_calls.clamp_min(1)
-        trust = (SURPRISE * expected / distance.clamp_min(TINY)).clamp_max(1).square()
-        rate = (1 / (2 + self.windows_tracked)).clamp_min(self.update_rate) * trust
+        doubt = full & (distance > SURPRISE * expected)
         sound = torch.isfinite(self.window_sums).all()
-        self._move(rate * (full & sound), mean, var)
-        self.windows_tracked += full & sound
+        rate = (1 / (2 + self.windows_tracked)).clamp_min(self.update_rate)
+        self._move(rate * (full & sound & ~doubt), mean, var)
+        self.windows_tracked += full & sound & ~doubt
+        self.doubted += self.window_samples * (doubt & sound)
+        self.doubted.masked_fill_(full & sound & ~doubt, 0)
+        anew = self.doubted > self.patience
+        for count in (self.samples_tracked, self.windows_tracked, self.doubted):
+            count.masked_fill_(anew, 0)
         for kept in (self.window_sums, self.window_samples, self.window_calls):
             kept.masked_fill_(full, 0)
+
+    def forget_window_(self, *, warm: bool) -> None:
+        """Drop what was seen since the last update, as the statistics have been set from outside.
+
+        Args:
+            warm: whether the new statistics are to be trusted: there is no warming up then.
+        """
+        for kept in (self.window_sums, self.window_samples, self.window_calls, self.doubted):
+            kept.zero_()
+        self.samples_tracked.fill_(WARM_UP if warm else 0)
+        self.windows_tracked.zero_()
+
+    def reset_running_stats(self) -> None:
+        """As in torch; what has been tracked goes too."""
+        super().reset_running_stats()
+        if hasattr(self, "window_sums"):  # torch calls this before there is anything to forget
+            self.forget_window_(warm=False)
+            self.unrest.zero_()
 
     def _moments(self, sums: Tensor, samples: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Mean about the running one and variance, (C,); the mean's squared distance, its error."""
         n = samples.clamp_min(2)
         mean, square, power = sums / samples.clamp_min(1)
         var = (power - mean.square()).clamp_min(0)
-        unit = self.running_var + self.eps
+        unit = self.running_var.to(sums.dtype) + self.eps
         error = ((square - mean.square()).clamp_min(0) / (n - 1) / unit).mean()
         return mean, var, (mean.square() / unit).mean(), error
 
@@ -184,8 +221,10 @@ class NoiseAwareBatchNorm(nn.modules.batchnorm._BatchNorm):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("samples_tracked", "windows_tracked", "unrest"):  # a BatchNorm's has none
+        own = ("samples_tracked", "windows_tracked", "doubted", "unrest")
+        for name in own:  # a BatchNorm's has none
             state_dict.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
+        self.forget_window_(warm=False)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

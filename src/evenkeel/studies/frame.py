@@ -39,12 +39,14 @@ class Part:
         about: the question.
         work: from desk and settings to the figures, ready for JSON.
         settings: all that the figures depend on besides networks and data, ready for JSON.
+        networks: files of trained networks that it uses, below the desk's folder.
     """
 
     name: str
     about: str
     work: Callable[["Desk", Facts], Facts]
     settings: Facts
+    networks: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,14 @@ class Study:
         data: name of the data set by scale.
         parts: from a scale to its parts, in the order of work.
         draw: from the figures by part and a folder to the pictures in it.
+        version: raised when the same settings come to mean something else.
     """
 
     name: str
     data: dict[str, str]
     parts: Callable[[str], Sequence[Part]]
     draw: Callable[[dict[str, Facts], Path], Sequence[Path]]
+    version: int = 1
 
 
 @dataclass
@@ -122,7 +126,7 @@ class Desk:
         """``work(**item)`` for every item, in processes of one thread; finished ones are kept."""
         label = f"{work.__module__}.{work.__qualname__}"
         keys = [
-            fingerprint([label, json.dumps(item, sort_keys=True, default=str)]) for item in items
+            fingerprint([label, json.dumps(item, sort_keys=True, default=_of)]) for item in items
         ]
         with Store(self.cache / "each.db") as store:
             results = store.results(keys)
@@ -164,7 +168,17 @@ def run(
     for part in parts:
         path = folder / f"{part.name}.json"
         known = json.loads(path.read_text()) if path.exists() else {}
-        if known.get("settings") != json.loads(json.dumps(part.settings)):
+        made_of = json.loads(
+            json.dumps(
+                {
+                    "settings": part.settings,
+                    "data": desk.data_name,
+                    "networks": {n: sha256(desk.networks / n) for n in part.networks},
+                    "study_version": study.version,
+                }
+            )
+        )
+        if {key: known.get(key) for key in made_of} != made_of:
             if only and part.name not in only:
                 continue
             started = time.perf_counter()
@@ -175,22 +189,24 @@ def run(
                 "about": part.about,
                 "scale": scale,
                 "command": command,
-                "data": desk.data_name,
                 "environment": environment(),
                 "seconds": round(time.perf_counter() - started, 1),
-                "settings": part.settings,
-                "figures": figures,
+                **made_of,
+                "figures": _rounded(figures),
             }
             write_atomically(path, (as_lines(known) + "\n").encode())
         done[part.name] = json.loads(path.read_text())["figures"]
-    return [*sorted(folder.glob("*.json")), *(study.draw(done, folder) if done else ())]
+    return [
+        *(folder / f"{name}.json" for name in done),
+        *(study.draw(done, folder) if done else ()),
+    ]
 
 
 def as_lines(value: Any, indent: int = 0) -> str:
     """JSON with a line for each entry of a list of objects, for people and for diffs.
 
     Examples:
-        >>> print(as_lines({"a": [{"b": 1}, {"b": {"c": [2, 0.30000000001]}}]}))
+        >>> print(as_lines({"a": [{"b": 1}, {"b": {"c": [2, 0.3]}}]}))
         {
          "a": [
           {"b": 1},
@@ -199,7 +215,7 @@ def as_lines(value: Any, indent: int = 0) -> str:
         }
     """
     if indent and not _has_records(value):
-        return json.dumps(_rounded(value))
+        return json.dumps(value)
     is_object = isinstance(value, dict)
     named = [(f"{json.dumps(str(k))}: ", v) for k, v in value.items()] if is_object else []
     entries = named or [("", v) for v in value]

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from evenkeel.audit.names import resolve
+from evenkeel.data.dataset import fingerprint
+from evenkeel.data.sets import sha256
 from evenkeel.layers import weight_layer
 from evenkeel.saving import describe, load, save
 from evenkeel.studies.frame import Desk
@@ -46,7 +48,8 @@ def hardened_network(desk: Desk, plain: Path, on: str, epochs: int) -> tuple[Pat
 
     Resumable: a finished one is found again, a killed one goes on after its last epoch.
     """
-    name = f"{plain.stem}_hardened_{on.replace(':', '_')}_{epochs}"
+    made_of = fingerprint([sha256(plain), on, epochs, CLIP, RATE])
+    name = f"{plain.stem}_hardened_{made_of[:12]}"
     path = desk.cache / f"{name}.safetensors"
     if not path.exists():
         x, y = desk.training_data()

@@ -15,10 +15,10 @@ from evenkeel.saving import save
 from evenkeel.studies.frame import Desk, Facts, Part, Study
 from evenkeel.studies.noise_aware.figures import draw
 from evenkeel.studies.noise_aware.harden import hardened_network
-from evenkeel.studies.noise_aware.stream import served
+from evenkeel.studies.noise_aware.stream import aged, served
 from evenkeel.train import fit
 
-CLASSIFIER = "match+calibrate:samples=512:layers=*.match"
+CLASSIFIER = "match+calibrate:layers=*.match"
 """The classifier's outputs alone, by their moments."""
 ROWS = (
     "none", "clip", "pooled", "online", CLASSIFIER, "calibrate:adabs:gate=false", "calibrate",
@@ -42,8 +42,8 @@ FAMILIES = {
 AGES = ("0", "1h", "1d", "1mo", "1y")
 HEADLINE = (("gaussian:0.1", "0"), ("pcm", "1d"), ("stuck_at:0.005:0.005", "0"))
 HARDENED_ON = "gaussian:0.08"
-DEPLOYED_ON = (("gaussian:0.1", "0"), ("log_normal:0.4", "0"), ("gain:0.4", "0"),
-               ("stuck_at:0.025:0.025", "0"), ("pcm", "0"), ("pcm", "1d"))  # fmt: skip
+DEPLOYED_ON = ((HARDENED_ON, "0"), ("gaussian:0.1", "0"), ("log_normal:0.4", "0"),
+               ("gain:0.4", "0"), ("stuck_at:0.025:0.025", "0"), ("pcm", "0"), ("pcm", "1d"))  # fmt: skip
 
 SIZES: dict[str, dict[str, Any]] = {
     "smoke": {"chips": 2, "test": 100, "many": 200, "epochs": 2, "harden_epochs": 1},
@@ -61,6 +61,10 @@ def parts(scale: str) -> list[Part]:
     size = SIZES[scale]
     small = scale == "smoke"
     common = {"chips": size["chips"], "test_samples": size["test"], "epochs": size["epochs"]}
+
+    def files(norm: str) -> tuple[str, ...]:
+        return () if size["epochs"] else (published(norm),)
+
     sweeps = [
         Part(
             family,
@@ -73,21 +77,23 @@ def parts(scale: str) -> list[Part]:
                 "ages": list(AGES[2:3] if small else AGES) if family == "pcm" else ["0"],
                 "remedies": list(DRIFT_ROWS if family == "pcm" else ROWS),
             },
+            files("batch"),
         )
         for family, devices in FAMILIES.items()
     ]
     without = [
         Part(
             f"norm_{norm}",
-            f"Output matching on a network with {norm} norm, and batch norm's own remedies beside",
+            f"Output matching on a network with {norm} norm",
             _sweep_each,
             {
                 **common,
                 "network": norm,
                 "cells": [["gaussian:0.05", "0"], ["gaussian:0.1", "0"], ["log_normal:0.4", "0"],
                           ["pcm", "1d"]][: 1 if small else 4],
-                "remedies": ["none", "match+calibrate", "match+clip+calibrate"],
+                "remedies": ["none", "match+calibrate", "clip", "match+clip+calibrate"],
             },
+            files(norm),
         )
         for norm in ("group", "none")
     ]  # fmt: skip
@@ -97,11 +103,28 @@ def parts(scale: str) -> list[Part]:
             "The online layer on a shuffled stream, and on streams of one class",
             _streams,
             {
-                "chips": max(2, size["chips"] // 2),
-                "cells": [list(cell) for cell in HEADLINE[:2]],
+                "runs": [
+                    [device, age, batch, max(2, chips)]
+                    for device, age in HEADLINE[:2]
+                    for batch, chips in ((50, size["chips"] // 2), (4, size["chips"] // 8))
+                ],
                 "stream": size["many"],
                 "epochs": size["epochs"],
             },
+            files("batch"),
+        ),
+        Part(
+            "ageing",
+            "The online layer on a PCM chip that ages from a minute to a month while it serves",
+            _ageing,
+            {
+                "chips": max(2, size["chips"] // 2),
+                "warm_up": 1200 if not small else 60,
+                "steps": 20 if not small else 4,
+                "samples": 400 if not small else 20,
+                "epochs": size["epochs"],
+            },
+            files("batch"),
         ),
         Part(
             "hardened",
@@ -112,8 +135,9 @@ def parts(scale: str) -> list[Part]:
                 "on": HARDENED_ON,
                 "harden_epochs": size["harden_epochs"],
                 "cells": [list(cell) for cell in DEPLOYED_ON[: 2 if small else None]],
-                "remedies": ["none", "calibrate"],
+                "remedies": ["none", "calibrate", "match+calibrate", "match+clip+calibrate"],
             },
+            files("batch"),
         ),
     ]
     last = [
@@ -130,6 +154,7 @@ def parts(scale: str) -> list[Part]:
                     for n in (16, 64) for r in (1, 8)
                 )],
             },
+            files("batch"),
         ),
         Part(
             "headline",
@@ -143,16 +168,21 @@ def parts(scale: str) -> list[Part]:
                 "remedies": ["none", "drift", "online", "calibrate:adabs:gate=false", "calibrate",
                              "match+calibrate", "match+clip+calibrate"],
             },
+            files("batch"),
         ),
     ]  # fmt: skip
-    return [sweeps[0], more[0], *without, more[1], *sweeps[1:], *last]
+    return [sweeps[0], more[0], *without, *more[1:], *sweeps[1:], *last]
+
+
+def published(norm: str) -> str:
+    """File of the trained network with that norm."""
+    return "resnet14.safetensors" if norm == "batch" else f"resnet14_{norm}.safetensors"
 
 
 def trained(desk: Desk, norm: str, epochs: int) -> Path:
     """The network with that norm: trained here in so many epochs, or as published for 0."""
     if epochs == 0:
-        suffix = "" if norm == "batch" else f"_{norm}"
-        return desk.networks / f"resnet14{suffix}.safetensors"
+        return desk.networks / published(norm)
     path = desk.cache / f"resnet8_{norm}_{epochs}.safetensors"
     if not path.exists():
         make = functools.partial(build, "resnet8_digits", norm=norm)
@@ -205,21 +235,30 @@ def _hardened(desk: Desk, settings: Facts) -> Facts:
 
 
 def _streams(desk: Desk, settings: Facts) -> Facts:
-    network = trained(desk, "batch", settings["epochs"])
     items = [
         {
-            "network": network,
-            "data": desk.data_name,
-            "root": desk.data_root,
+            **_where(desk, settings),
             "device": device,
             "age": age,
             "seed": seed,
+            "batch": batch,
             "stream": settings["stream"],
         }
-        for device, age in settings["cells"]
-        for seed in range(settings["chips"])
+        for device, age, batch, chips in settings["runs"]
+        for seed in range(chips)
     ]
     return {"chips": desk.each(served, items, "streams")}
+
+
+def _ageing(desk: Desk, settings: Facts) -> Facts:
+    sizes = {key: settings[key] for key in ("warm_up", "steps", "samples")}
+    items = [{**_where(desk, settings), "seed": k, **sizes} for k in range(settings["chips"])]
+    return {"chips": desk.each(aged, items, "ageing")}
+
+
+def _where(desk: Desk, settings: Facts) -> Facts:
+    network = trained(desk, "batch", settings["epochs"])
+    return {"network": network, "data": desk.data_name, "root": desk.data_root}
 
 
 STUDY = Study(

@@ -15,6 +15,8 @@ def tables(done: dict[str, Facts]) -> str:
     for name, figures in done.items():
         if name == "online":
             body = _streams(figures["chips"])
+        elif name == "ageing":
+            body = _ageing(figures["chips"])
         elif name == "hardened":
             body = _hardened(figures)
         else:
@@ -50,12 +52,13 @@ def _hardened(figures: Facts) -> str:
 
 def _streams(chips: Sequence[Facts]) -> str:
     rows = []
-    for device in dict.fromkeys((c["device"], c["age"]) for c in chips):
-        of = [c for c in chips if (c["device"], c["age"]) == device]
+    for device in dict.fromkeys((c["device"], c["age"], c["batch"]) for c in chips):
+        of = [c for c in chips if (c["device"], c["age"], c["batch"]) == device]
         runs = [run for c in of for run in c["one_class"]]
         rows.append(
             [
                 f"{device[0]}, {device[1]}" if device[1] != "0" else device[0],
+                str(device[2]),
                 str(len(of)),
                 *(f"{fmean(c[k] for c in of):.1f}" for k in ("raw", "calibrated", "online")),
                 f"{max(c['calibrated'] - c['online'] for c in of):.1f}",
@@ -66,10 +69,23 @@ def _streams(chips: Sequence[Facts]) -> str:
             ]
         )
     header = [
-        "on", "chips", "as it is", "calibrated before", "online", "online behind, worst chip",
+        "on", "batch", "chips", "as it is", "calibrated before", "online",
+        "online behind, worst chip",
         "one class: cost on it", "on the mixed samples after it", "from the very start",
     ]  # fmt: skip
     return _table(header, rows)
+
+
+def _ageing(chips: Sequence[Facts]) -> str:
+    ages = [age_label(age_s) for age_s in chips[0]["ages_s"]]
+    rows = [
+        [
+            name.replace("_", " "),
+            *(f"{fmean(c[name][k] for c in chips):.1f}" for k in range(len(ages))),
+        ]
+        for name in ("online", "frozen", "online_after_a_jump")
+    ]
+    return f"{len(chips)} chips.\n\n{_table(['', *ages], rows)}"
 
 
 def _pivot(cells: Sequence[Cell], show: Any, names: Sequence[str] | None = None) -> str:
