@@ -8,7 +8,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from evenkeel.layers import register_weight_layer, running_normalizers, weight_layer, weights
+from evenkeel.errors import ConfigError
+from evenkeel.layers import (
+    Wrapper,
+    chosen_paths,
+    register_weight_layer,
+    running_normalizers,
+    weight_layer,
+    weights,
+)
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 OPTIONS = [
@@ -224,3 +232,51 @@ def test_every_module_with_running_statistics_is_a_normalizer():
     found = dict(running_normalizers(net))
     assert list(found) == ["0", "1.0", "1.1", "5"]
     assert found["1.1"] is net[1][1]
+
+
+# ---- layers by name, and wrapped
+
+
+PATHS = ["stem.conv", "blocks.0.conv", "blocks.0.a[0]", "blocks.1.conv", "head"]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        ([], set()),
+        (["head"], {"head"}),
+        (["blocks.*"], {"blocks.0.conv", "blocks.0.a[0]", "blocks.1.conv"}),
+        (["*.conv", "head"], {"stem.conv", "blocks.0.conv", "blocks.1.conv", "head"}),
+        (["blocks.0.a[0]"], {"blocks.0.a[0]"}),  # a name goes before the pattern it also is
+        (("blocks.[01].conv",), {"blocks.0.conv", "blocks.1.conv"}),
+        ({"head", "hea?"}, {"head"}),
+    ],
+)
+def test_layers_chosen_by_names_and_patterns(patterns, expected):
+    assert chosen_paths(patterns, PATHS) == expected
+
+
+def test_names_that_fit_no_layer():
+    with pytest.raises(ConfigError, match=r"No layer matches 'haed'\. Did you mean 'head'"):
+        chosen_paths(["head", "haed"], PATHS)
+    with pytest.raises(ConfigError, match=r"No layer matches 'tail\*'"):
+        chosen_paths(["*", "tail*"], PATHS)
+    with pytest.raises(ConfigError, match="must be a list of paths or patterns; got the string"):
+        chosen_paths("head", PATHS)
+
+
+def test_a_wrapped_layer_answers_for_what_it_holds_and_is_no_weight_layer_itself():
+    layer = nn.Linear(3, 2)
+    wrapped = Wrapper(Wrapper(layer))
+    assert wrapped.weight is layer.weight
+    assert wrapped.in_features == 3
+    assert weight_layer(wrapped) is None
+    assert dict(wrapped.named_parameters()).keys() == {"layer.layer.weight", "layer.layer.bias"}
+    with pytest.raises(AttributeError, match="no_such"):
+        _ = wrapped.no_such
+    twin = copy.deepcopy(wrapped)
+    assert twin.weight is not layer.weight
+    assert torch.equal(twin.weight, layer.weight)
+    bare = Wrapper.__new__(Wrapper)  # as while unpickling: no endless search for the layer
+    with pytest.raises(AttributeError):
+        _ = bare.weight

@@ -119,6 +119,35 @@ def test_pooling_does_not_depend_on_the_cut(seed, cuts, positions, center, scale
     torch.testing.assert_close(pooled.mean_spread, whole.mean_spread, rtol=1e-9, atol=rounding)
 
 
+# ---- reads
+
+
+def test_reads_add_elements_and_no_samples():
+    x = torch.randn(6, 2, 5).double()
+    reads = [BatchMoments.of(x + k) for k in (-1.0, 0.0, 4.0)]
+    whole = BatchMoments.repeat(reads)
+    elements = torch.cat([x - 1, x, x + 4], dim=2)
+    assert (whole.samples, whole.count) == (6, 90)
+    assert_moments(whole, elements, 1e-10, ("mean", "var"))
+    # what differs between reads is no difference between samples
+    alone = BatchMoments.of(x)
+    torch.testing.assert_close(whole.mean_spread, alone.mean_spread, rtol=1e-10, atol=0)
+
+
+def test_spreads_over_reads_are_the_reads_average():
+    reads = [BatchMoments.of(k * torch.randn(4, 3, 6).double()) for k in (1, 2, 5)]
+    whole = BatchMoments.repeat(reads)
+    for name in ("mean_spread", "var_spread"):
+        expected = sum(getattr(r, name) for r in reads) / 3
+        torch.testing.assert_close(getattr(whole, name), expected, rtol=1e-12, atol=0)
+    assert whole.samples == 4
+
+
+def test_one_read_is_itself():
+    moments = BatchMoments.of(torch.randn(4, 3))
+    assert BatchMoments.repeat([moments]) is moments
+
+
 # ---- hostile input
 
 

@@ -3,6 +3,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,78 @@ def test_recipes_are_known_by_name():
     net = build("resnet14_cifar10")
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     assert 80_000 < sum(p.numel() for p in net.parameters()) < 300_000
+
+
+@pytest.mark.parametrize("name", ["resnet8_digits", "resnet14_cifar10"])
+@pytest.mark.parametrize("norm", ["batch", "group", "none"])
+def test_networks_with_every_norm(name, norm):
+    net, batch = build(name, norm=norm), build(name)
+    counts = [sum(p.numel() for p in n.parameters()) for n in (net, batch)]
+    assert counts[0] == counts[1]
+    names = [{k for k, _ in n.named_parameters()} for n in (net, batch)]
+    assert names[0] == names[1]
+    kinds = {type(m) for m in net.modules()}
+    assert (nn.BatchNorm2d in kinds) == (norm == "batch")
+    assert (nn.GroupNorm in kinds) == (norm == "group")
+    groups = {m.num_channels // m.num_groups for m in net.modules() if type(m) is nn.GroupNorm}
+    assert groups == ({8} if norm == "group" else set())
+    size = 8 if name == "resnet8_digits" else 32
+    x = torch.randn(16, net.stem[0].in_channels, size, size)
+    outputs = net(x)
+    assert torch.isfinite(outputs).all()
+    assert outputs.std(0).mean() > 0.02  # they still tell inputs apart
+    nn.functional.cross_entropy(outputs, torch.arange(16) % 10).backward()
+    assert torch.isfinite(net.stem[0].weight.grad).all()
+    assert net.stem[0].weight.grad.abs().max() > 0
+
+
+def test_without_a_norm_branches_start_at_zero_and_layers_keep_the_variance():
+    net = build("resnet14_cifar10", norm="none")
+    for block in net.blocks:
+        assert not block.norm2.weight.any()
+        assert (block.norm1.weight == 1).all()
+        fan_in = block.conv1.weight[0].numel()
+        assert float(block.conv1.weight.detach().std()) == pytest.approx(
+            (2 / fan_in) ** 0.5, rel=0.15
+        )
+    x = torch.randn(8, 3, 32, 32)
+    assert 0.2 < float(net.blocks(net.stem(x)).detach().square().mean()) < 5
+
+
+@pytest.mark.parametrize("norm", ["group", "none"])
+def test_networks_without_batch_norm_learn(data, norm):
+    x, y = data.train
+    rate = {"group": 0.2, "none": 0.1}[norm]  # as in the recipes
+    net = fit(lambda: build("resnet8_digits", norm=norm), x, y, epochs=6, learning_rate=rate)
+    with torch.no_grad():
+        right = (net(x).argmax(1) == y).float().mean()
+    assert right > 0.8
+
+
+def test_an_unknown_norm_offers_the_nearest():
+    with pytest.raises(ConfigError, match=r"Unknown norm 'grup'\. Did you mean 'group'"):
+        build("resnet8_digits", norm="grup")
+
+
+def test_recipes_for_the_other_norms_differ_in_norm_and_rate_alone():
+    plain = asdict(recipe("cifar10"))
+    assert plain["norm"] == "batch"
+    for norm in ("group", "none"):
+        other = asdict(recipe(f"cifar10_{norm}"))
+        differ = {k for k in plain if plain[k] != other[k]}
+        assert differ == {"norm", "learning_rate"}
+        assert other["norm"] == norm
+        assert other["learning_rate"] < plain["learning_rate"]
+        assert build(other["architecture"], norm=other["norm"])
+
+
+def test_a_network_without_batch_norm_comes_back_from_a_file(tmp_path):
+    for norm in ("group", "none"):
+        net = build("resnet8_digits", norm=norm).eval()
+        ek.save(net, tmp_path / "n.safetensors")
+        back = ek.load(tmp_path / "n.safetensors")
+        x = torch.randn(2, 1, 8, 8)
+        assert torch.equal(back(x), net(x))
 
 
 def command(folder, *more):

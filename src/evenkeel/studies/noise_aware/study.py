@@ -43,7 +43,8 @@ AGES = ("0", "1h", "1d", "1mo", "1y")
 HEADLINE = (("gaussian:0.1", "0"), ("pcm", "1d"), ("stuck_at:0.005:0.005", "0"))
 HARDENED_ON = "gaussian:0.08"
 DEPLOYED_ON = ((HARDENED_ON, "0"), ("gaussian:0.1", "0"), ("log_normal:0.4", "0"),
-               ("gain:0.4", "0"), ("stuck_at:0.025:0.025", "0"), ("pcm", "0"), ("pcm", "1d"))  # fmt: skip
+               ("gain:0.4", "0"), ("stuck_at:0.025:0.025", "0"), ("pcm", "0"),
+               ("pcm", "1d"))  # fmt: skip
 
 SIZES: dict[str, dict[str, Any]] = {
     "smoke": {"chips": 2, "test": 100, "many": 200, "epochs": 2, "harden_epochs": 1},
