@@ -187,7 +187,7 @@ def _checked_plan(
                 f"The network's weights must be finite; '{name}' holds NaN or infinity. Check the "
                 "file they were loaded from, or the training."
             )
-    chosen.check(model, data.test, data.classes)
+    chosen.check(copy.deepcopy(model), data.test, data.classes)  # layers may track what they see
     plan = Plan(
         devices=[resolve("devices", d) if isinstance(d, str) else d for d in devices],
         ages_s=sorted({parse_age(age) for age in ages}),
@@ -244,7 +244,7 @@ def _digital_sums(work: Workload, store: Store) -> torch.Tensor:
     identity = fingerprint(["digital", plan.model, plan.data, str(plan.task.to_dict())])
     known = store.results([identity])
     if not known:
-        sums = evaluate(work.model, work.data, plan.task).tolist()
+        sums = evaluate(copy.deepcopy(work.model), work.data, plan.task).tolist()
         store.add(identity, "digital", {"sums": sums})
         known = {identity: {"sums": sums}}
     return torch.tensor(known[identity]["sums"], dtype=torch.float64)

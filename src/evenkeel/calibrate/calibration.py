@@ -161,10 +161,8 @@ def calibrate_(
             f"shrinkage must be 'auto', a number of samples (0 or more) or None; got {shrinkage!r}."
         )
     model = uncompiled(model)
-    if reads < 1 or reads != int(reads):
-        raise ConfigError(f"reads must be a whole number, 1 or more; got {reads!r}.")
     normalizers = normalizers_of(model, layers)
-    options: dict[str, Any] = {"layers": layers, "reads": int(reads), "forward": forward}
+    options: dict[str, Any] = {"layers": layers, "reads": reads, "forward": forward}
     fit, held = split(batches) if gate else (list(batches), [])
     measured = collect(model, fit, **options)
     old = read(normalizers)

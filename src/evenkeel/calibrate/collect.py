@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.calibrate.statistics import in_eval, normalizers_of, uncompiled
-from evenkeel.errors import CalibrationError
+from evenkeel.errors import CalibrationError, ConfigError
 from evenkeel.moments import BatchMoments
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -65,6 +65,8 @@ def collect(
         CalibrationError: no normalizer with running statistics, no batch, or activations that are
             not finite.
     """
+    if not isinstance(reads, int) or reads < 1:
+        raise ConfigError(f"reads must be a whole number, 1 or more; got {reads!r}.")
     model = uncompiled(model)
     found = normalizers_of(model, layers)
     collected: Collected = {path: [] for path in found}

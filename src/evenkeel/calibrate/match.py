@@ -102,11 +102,12 @@ class Matching:
     skipped: dict[str, str]
     samples: int
     _model: nn.Module = field(repr=False)
+    _wrappers: list[Matched] = field(repr=False)
 
     def undo(self) -> None:
         """Take them out again."""
         for path, module in list(self._model.named_modules(remove_duplicate=False)):
-            if isinstance(module, Matched):
+            if isinstance(module, Matched) and module in self._wrappers:
                 self._model.set_submodule(path, module.layer)
 
     def to_dict(self) -> dict[str, Any]:
@@ -192,18 +193,17 @@ def match_(
             f"follows; {type(model).__name__} has none ({said or 'no layer has weights'}). On a "
             f"network that is on a chip already it is too late: match first, then program."
         )
-    for path, moments in found.items():
-        put_behind(model, path, BatchMoments.pool(moments))
+    put = [put_behind(model, path, BatchMoments.pool(moments)) for path, moments in found.items()]
     samples = max(sum(m.samples for m in moments) for moments in found.values())
-    return Matching(list(found), skipped, samples, model)
+    return Matching(list(found), skipped, samples, model, put)
 
 
-def put_behind(model: nn.Module, path: str, moments: BatchMoments) -> None:
+def put_behind(model: nn.Module, path: str, moments: BatchMoments) -> Matched:
     """Wrap the layer at ``path``, to keep the moments given."""
     layer = model.get_submodule(path)
     weight = next(layer.parameters())
     mean, var = (m.to(weight.device, torch.float32) for m in (moments.mean, moments.unbiased_var))
-    _wrap(model, layer, OutputMatch(mean, var, channel_dim(layer)))
+    return _wrap(model, layer, OutputMatch(mean, var, channel_dim(layer)))
 
 
 def put_behind_empty(model: nn.Module, matched: Mapping[str, int]) -> None:
@@ -215,11 +215,12 @@ def put_behind_empty(model: nn.Module, matched: Mapping[str, int]) -> None:
         _wrap(model, layer, OutputMatch(mean, var, channel_dim(layer)))
 
 
-def _wrap(model: nn.Module, layer: nn.Module, match: OutputMatch) -> None:
+def _wrap(model: nn.Module, layer: nn.Module, match: OutputMatch) -> Matched:
     wrapper = Matched(layer, match)
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if module is layer:  # one that goes by two names is wrapped under both
             model.set_submodule(path, wrapper)
+    return wrapper
 
 
 def matched_paths(model: nn.Module) -> dict[str, int]:

@@ -17,6 +17,8 @@ class Wrapper(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
+        # torch's transformer layers compute past their sublayers where none of them has a hook.
+        self.register_forward_hook(_called)
 
     def __getattr__(self, name: str) -> Any:
         """What the wrapper lacks, such as ``weight`` or ``in_features``, is the layer's."""
@@ -26,6 +28,10 @@ class Wrapper(nn.Module):
             if name == "layer" or name.startswith("__"):  # copying is the wrapper's own business
                 raise
             return getattr(self.layer, name)
+
+
+def _called(module: nn.Module, args: Any, output: Any) -> None:
+    """Nothing: what counts is that it is there."""
 
 
 def unwrapped(model: nn.Module, path: str) -> str:

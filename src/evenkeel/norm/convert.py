@@ -82,7 +82,8 @@ def convert_(model: nn.Module, factory: Callable[[int], nn.Module]) -> Conversio
     skipped: dict[str, str] = {}
     made: dict[int, nn.Module] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, BatchNorm) and "Norm" not in type(module).__name__:
+        named = "Norm" in type(module).__name__ and next(module.children(), None) is None
+        if not isinstance(module, BatchNorm) and not named:
             continue
         if reason := why_not(module):
             skipped[path] = reason

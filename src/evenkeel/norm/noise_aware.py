@@ -122,7 +122,7 @@ class NoiseAwareBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize, and in eval mode take note of what came."""
-        if self.training or not self.tracking:
+        if self.training or not self.tracking or not x.numel():
             return super().forward(x)
         self._check_input_dim(x)
         with torch.no_grad():
@@ -221,10 +221,10 @@ class NoiseAwareBatchNorm(nn.modules.batchnorm._BatchNorm):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        own = ("samples_tracked", "windows_tracked", "doubted", "unrest")
-        for name in own:  # a BatchNorm's has none
-            state_dict.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
-        self.forget_window_(warm=False)
+        if prefix + "running_mean" in state_dict:  # a BatchNorm's state has none of the rest
+            self.forget_window_(warm=False)
+            for name in ("samples_tracked", "windows_tracked", "doubted", "unrest"):
+                state_dict.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

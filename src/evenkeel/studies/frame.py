@@ -167,13 +167,13 @@ def run(
     done: dict[str, Facts] = {}
     for part in parts:
         path = folder / f"{part.name}.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = _read(path)
         made_of = json.loads(
             json.dumps(
                 {
                     "settings": part.settings,
                     "data": desk.data_name,
-                    "networks": {n: sha256(desk.networks / n) for n in part.networks},
+                    "networks": {n: sha256(_required(desk.networks / n)) for n in part.networks},
                     "study_version": study.version,
                 }
             )
@@ -200,6 +200,15 @@ def run(
         *(folder / f"{name}.json" for name in done),
         *(study.draw(done, folder) if done else ()),
     ]
+
+
+def _read(path: Path) -> Facts:
+    """A part's file; nothing where there is none, or one that is damaged."""
+    try:
+        known: Facts = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known
 
 
 def as_lines(value: Any, indent: int = 0) -> str:
@@ -250,13 +259,17 @@ def cells_of(figures: Facts) -> list[Cell]:
 @functools.lru_cache(maxsize=8)
 def load_network(path: Path) -> nn.Module:
     """A trained network, read once in each process."""
+    network: nn.Module = ek.load(_required(path))
+    return network
+
+
+def _required(path: Path) -> Path:
     if not path.exists():
         raise ConfigError(
             f"The study needs the trained network {path}. It lies in the project's repository "
             f"under results/; or train it: evenkeel train RECIPE --out {path}."
         )
-    network: nn.Module = ek.load(path)
-    return network
+    return path
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,5 +1,6 @@
 """From an audit to a page."""
 
+import copy
 import html
 import re
 from collections.abc import Callable
@@ -151,7 +152,7 @@ def _pictures(audit: "Audit", worst: Cell, row: int) -> list[Any]:
     work = audit._work
     plan, task, batch = work.plan, work.plan.task, work.data.test[0]
     rows = dict.fromkeys((0, row))
-    networks: dict[str, Any] = {"digital": work.model}
+    networks: dict[str, Any] = {"digital": copy.deepcopy(work.model)}
     for r in rows:
         networks[plan.rows[r].name if r else _as_it_is(audit)] = audit.mended_chip(
             0, worst.age_s, r, worst.worst_chip
