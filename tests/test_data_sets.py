@@ -40,7 +40,9 @@ def test_real_cifar10():
     assert torch.bincount(y).tolist() == [5000] * 10
     torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-3)
     torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(3), rtol=0, atol=1e-3)
-    assert torch.equal(data.calibration[0][0], x[:250])
+    assert torch.equal(data.calibration[0][0], x[:200])
+    assert len(data.calibration) == 13  # 13 batches of 200, the budget of Joshi et al.
+    assert x.is_contiguous(memory_format=torch.channels_last)
     assert set(datasets.check("cifar10").values()) == {"ok"}
 
 
