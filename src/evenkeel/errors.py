@@ -12,6 +12,10 @@ class ConfigError(EvenkeelError, ValueError):
     """An argument, an option or a file's content does not fit."""
 
 
+class ShapeError(EvenkeelError, ValueError):
+    """A tensor does not have the shape that it must have."""
+
+
 class CalibrationError(EvenkeelError, ValueError):
     """A network could not be calibrated; it has been left as it was."""
 

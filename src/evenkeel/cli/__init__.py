@@ -1,4 +1,4 @@
-"""The command line: ``evenkeel audit``, ``train``, ``study``, ``data``, ``devices``."""
+"""The command line: ``evenkeel audit``, ``inspect``, ``train``, ``study`` and the others."""
 
 import sys
 
@@ -10,8 +10,10 @@ def main() -> None:
     from cyclopts import App, CycloptsError
 
     from evenkeel.cli.audit import audit
+    from evenkeel.cli.bench import bench
     from evenkeel.cli.data import data
     from evenkeel.cli.devices import devices
+    from evenkeel.cli.inspection import inspect
     from evenkeel.cli.study import study
     from evenkeel.cli.train import train
 
@@ -25,6 +27,8 @@ def main() -> None:
     app.command(data)
     app.command(train)
     app.command(study)
+    app.command(inspect)
+    app.command(bench)
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=True)
     except CycloptsError:

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 import evenkeel as ek
-from evenkeel import data as datasets
 from evenkeel.audit.audit import AGES
 from evenkeel.cli.network import network_from
 from evenkeel.cli.progress import progress_bar
-from evenkeel.errors import ConfigError, nearest
+from evenkeel.cli.samples import samples_from
+from evenkeel.errors import ConfigError
 from evenkeel.files import require_writable_folder, write_atomically
 from evenkeel.models import build
 from evenkeel.saving import load, save
@@ -107,8 +107,7 @@ def audit(
         require_writable_folder(json_file.parent)
     if model is None and weights is not None:
         raise ConfigError("--weights needs the MODEL that they belong to.")
-    samples = _data(data, data_root, _numbers(mean, "--mean"), _numbers(std, "--std"))
-    samples = samples.limited(test=test_samples)
+    samples = samples_from(data, data_root, mean, std).limited(test=test_samples)
     with progress_bar(console) as bar:
         network = _demo(out, samples, bar) if model is None else network_from(model, weights)
         job = bar.add_task("trials", total=None)
@@ -175,29 +174,5 @@ def _demo(out: Path, samples: Any, bar: Progress) -> Any:
     return load(path)
 
 
-def _data(name: str, root: Path | None, mean: list[float], std: list[float]) -> Any:
-    from evenkeel.audit.names import import_from
-
-    if name == "digits":
-        return datasets.digits()
-    if name in datasets.SETS:
-        return datasets.SETS[name].read(datasets.folder_of(name, root))
-    if Path(name).is_dir():
-        return datasets.image_folder(name, mean=mean, std=std)
-    if ":" in name:
-        return datasets.as_data(import_from(name)())
-    raise ConfigError(
-        f"No data set or folder {name!r}. {nearest(name, ['digits', *datasets.SETS])} Otherwise "
-        f"give a folder with test/CLASS/*.png and train/CLASS/*.png, or module:function."
-    )
-
-
 def _listed(entries: list[str] | None) -> list[str]:
     return [part for entry in entries or [] for part in entry.split(",") if part]
-
-
-def _numbers(text: str, option: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"{option} needs numbers joined by commas; got {text!r}.") from None

@@ -8,22 +8,34 @@ import torch
 from torch import nn
 
 from evenkeel.errors import ConfigError
+from evenkeel.norm.activation import NormAct
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 _FORWARDS = (BatchNorm.forward, nn.SyncBatchNorm.forward)
+_FROZEN = "FrozenBatchNorm2d"
+"""What torchvision and detectron2 call a batch norm that is all buffers."""
 
 
 def why_not(module: nn.Module) -> str | None:
     """Why a normalizer is not one that can be replaced; None for a batch norm that can."""
-    if not isinstance(module, BatchNorm):
+    frozen = type(module).__name__ == _FROZEN
+    if not isinstance(module, BatchNorm) and not frozen:
         return f"{type(module).__name__} is not a batch norm"
-    if type(module).forward not in _FORWARDS:
+    if not frozen and type(module).forward not in _FORWARDS and followed_by(module) is None:
         return f"{type(module).__name__} does more than batch norm does"
     if isinstance(module.running_mean, nn.UninitializedBuffer):
         return "it has not seen its first batch, and has no channels yet"
     if module.running_mean is None:
         return "it keeps no running statistics"
     return None
+
+
+def followed_by(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """What timm's fused layers, such as ``BatchNormAct2d``, do after normalizing: drop, and act."""
+    drop, act = getattr(module, "drop", None), getattr(module, "act", None)
+    if not (isinstance(drop, nn.Module) and isinstance(act, nn.Module)):
+        return None
+    return (drop, act) if type(module).__name__.endswith("BatchNormAct2d") else None
 
 
 @dataclass
@@ -56,15 +68,24 @@ class Conversion:
             self._model.set_submodule(path, old)
 
 
-def convert_(model: nn.Module, factory: Callable[[int], nn.Module]) -> Conversion:
+def convert_(
+    model: nn.Module,
+    factory: Callable[[int], nn.Module],
+    *,
+    kinds: type[nn.Module] | tuple[type[nn.Module], ...] | None = None,
+) -> Conversion:
     """Replace every batch norm by what ``factory`` makes for its channels, in place.
 
     Parameters, running statistics, ``eps`` and ``momentum`` go over by name wherever the new module
-    has them too, as do mode, device and dtype.
+    has them too, as do mode, device and dtype. What timm's fused layers do besides, dropping and
+    activating, is put behind the new one (:class:`NormAct`). Frozen batch norms of torchvision and
+    detectron2 are replaced by layers that train.
 
     Args:
         model: changed in place.
         factory: from the number of channels to a normalizer, as in ``norm_layer=``.
+        kinds: replace these classes instead, such as ``nn.GroupNorm``; of what they hold, the
+            affine parameters go over.
 
     Returns:
         The certificate: what was converted, what was not and why, ``undo()``.
@@ -82,22 +103,25 @@ def convert_(model: nn.Module, factory: Callable[[int], nn.Module]) -> Conversio
     skipped: dict[str, str] = {}
     made: dict[int, nn.Module] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        named = "Norm" in type(module).__name__ and next(module.children(), None) is None
-        if not isinstance(module, BatchNorm) and not named:
+        if kinds is not None:
+            reason = None if isinstance(module, kinds) else "it is of another kind"
+        else:
+            reason = why_not(module)
+        if reason and not is_normalizer(module):
             continue
-        if reason := why_not(module):
+        if reason:
             skipped[path] = reason
         elif not path:
             skipped[path] = "it is the whole network, and has no place to be replaced in"
         else:
-            assert isinstance(module, BatchNorm)
             old[path] = module
             if id(module) not in made:  # one that is used in two places stays one
                 made[id(module)] = in_place_of(module, factory)
     if not old:
+        what = "a batch norm" if kinds is None else "a normalizer of those kinds"
         said = "; ".join(f"'{path}': {why}" for path, why in skipped.items())
         raise ConfigError(
-            f"convert_ needs a batch norm to replace; {type(model).__name__} has none"
+            f"convert_ needs {what} to replace; {type(model).__name__} has none"
             + (f" ({said})." if said else ".")
         )
     for path, module in old.items():
@@ -105,23 +129,49 @@ def convert_(model: nn.Module, factory: Callable[[int], nn.Module]) -> Conversio
     return Conversion(list(old), skipped, model, old)
 
 
+def is_normalizer(module: nn.Module) -> bool:
+    """Whether a module is one, by its class or by its name."""
+    named = "Norm" in type(module).__name__ and next(module.children(), None) is None
+    return isinstance(module, BatchNorm) or named
+
+
 @torch.no_grad()
-def in_place_of(old: BatchNorm, factory: Callable[[int], nn.Module]) -> nn.Module:
+def in_place_of(old: nn.Module, factory: Callable[[int], nn.Module]) -> nn.Module:
     """What ``factory`` makes, with all of the old one's state that has a place in it."""
-    new = factory(old.num_features)
-    given = next((t for t in old.state_dict().values() if t.is_floating_point()), None)
+    state = old.state_dict()
+    new = factory(channels_of(old))
+    given = next((t for t in state.values() if t.is_floating_point()), None)
     if given is not None:
         new = new.to(given.device, given.dtype)
     for name in ("eps", "momentum"):
-        if hasattr(new, name):
+        if hasattr(new, name) and hasattr(old, name):
             setattr(new, name, getattr(old, name))
+    own = new.state_dict()
     fitting = {
         name: value
-        for name, value in old.state_dict().items()
-        if name in (own := new.state_dict()) and own[name].shape == value.shape
+        for name, value in state.items()
+        if name in own and own[name].shape == value.shape
     }
     new.load_state_dict(fitting, strict=False)
     for name, parameter in new.named_parameters(recurse=False):
-        if getattr(old, name, None) is not None:
+        if isinstance(getattr(old, name, None), nn.Parameter):
             parameter.requires_grad_(getattr(old, name).requires_grad)
+    after = followed_by(old)
+    if after is not None:
+        drop, act = after
+        new = NormAct(new, act, drop)
     return new.train(old.training)
+
+
+def channels_of(normalizer: nn.Module) -> int:
+    """The number of channels it was made for."""
+    for name in ("num_features", "num_channels"):
+        if isinstance(channels := getattr(normalizer, name, None), int):
+            return channels
+    weight = getattr(normalizer, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.dim() == 1:
+        return len(weight)
+    raise ConfigError(
+        f"{type(normalizer).__name__} does not tell its number of channels: it has none of "
+        f"num_features, num_channels and a weight of one axis."
+    )

@@ -1,0 +1,84 @@
+"""``evenkeel bench``."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from cyclopts import Parameter
+from rich.console import Console
+from rich.table import Table
+
+from evenkeel.cli.progress import progress_bar
+from evenkeel.files import require_writable_folder, write_atomically
+from evenkeel.provenance import environment
+
+
+def bench(
+    what: Literal["norm"],
+    /,
+    *,
+    device: str = "cpu",
+    compiled: bool = True,
+    rounds: int = 9,
+    threads: int | None = None,
+    json_file: Annotated[Path | None, Parameter(name="--json")] = None,
+) -> None:
+    """Time what evenkeel has against what it is compared with, in alternating blocks.
+
+    Parameters
+    ----------
+    what
+        norm: normalizers, forward and backward, against torch's batch norm; eager and compiled.
+    device
+        cpu or cuda.
+    compiled
+        Whether to time compiled layers too.
+    rounds
+        Blocks of each; the ratio is the median over them.
+    threads
+        Of torch; default: as many as it takes by itself.
+    json_file
+        Write all figures, with the environment.
+    """
+    from evenkeel.bench.norm import bench as run
+
+    if json_file is not None:
+        require_writable_folder(json_file.parent)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = Console()
+    with progress_bar(console) as bar:
+        job = bar.add_task(what)
+        rows = run(
+            device,
+            compiled=compiled,
+            rounds=rounds,
+            progress=lambda done, total: bar.update(job, completed=done, total=total),
+        )
+    table = Table("shape", "layout", "way", "layer", "ms", "ratio", "kept", box=None)
+    for row in rows:
+        table.add_row(
+            "x".join(map(str, row["shape"])),
+            row["layout"],
+            row["way"],
+            row["layer"],
+            f"{row['median_ms']:.3f}",
+            f"{row['ratio']:.2f}",
+            "" if row["activations_kept"] is None else str(row["activations_kept"]),
+        )
+    console.print(table)
+    console.print(
+        "ratio: to batch norm in the same round; kept: activations kept for backward.",
+        highlight=False,
+    )
+    if json_file is not None:
+        facts = {
+            "command": shlex.join(["evenkeel", *sys.argv[1:]]),
+            "environment": environment() | {"threads": torch.get_num_threads()},
+            "rounds": rounds,
+            "rows": rows,
+        }
+        write_atomically(json_file, (json.dumps(facts, indent=1) + "\n").encode())

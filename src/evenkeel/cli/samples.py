@@ -1,0 +1,40 @@
+"""From what a user names to data."""
+
+from pathlib import Path
+
+from evenkeel import data as datasets
+from evenkeel.data import Data
+from evenkeel.errors import ConfigError, nearest
+
+
+def samples_from(name: str, root: Path | None = None, mean: str = "0", std: str = "1") -> Data:
+    """The data of "digits", a published set, a folder of images, or ``module:function``.
+
+    Args:
+        name: one of these.
+        root: where published sets lie; default $EVENKEEL_DATA.
+        mean: taken off the pixels of a folder of images; numbers joined by commas.
+        std: what these are divided by then.
+    """
+    from evenkeel.audit.names import import_from
+
+    shift, scale = _numbers(mean, "--mean"), _numbers(std, "--std")
+    if name == "digits":
+        return datasets.digits()
+    if name in datasets.SETS:
+        return datasets.SETS[name].read(datasets.folder_of(name, root))
+    if Path(name).is_dir():
+        return datasets.image_folder(name, mean=shift, std=scale)
+    if ":" in name:
+        return datasets.as_data(import_from(name)())
+    raise ConfigError(
+        f"No data set or folder {name!r}. {nearest(name, ['digits', *datasets.SETS])} Otherwise "
+        f"give a folder with test/CLASS/*.png and train/CLASS/*.png, or module:function."
+    )
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{option} needs numbers joined by commas; got {text!r}.") from None

@@ -1,0 +1,92 @@
+"""Normalizers as functions of their input and all of their state."""
+
+from torch import Tensor
+
+from evenkeel.errors import ConfigError, ShapeError
+from evenkeel.moments import measure, normalize
+from evenkeel.norm.programs import BatchChannel
+from evenkeel.norm.running import observe
+
+
+def batch_channel_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    group_weight: Tensor,
+    group_bias: Tensor,
+    *,
+    num_groups: int,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    eps: float = 1e-5,
+    relu: bool = False,
+) -> Tensor:
+    r"""Batch normalization, and group normalization of what it gives, in one read and one write.
+
+    $$ z = \gamma_c \frac{x - \mu_c}{\sqrt{v_c + \varepsilon}} + \beta_c, \qquad
+       y = \gamma_g \frac{z - \bar z_{ng}}{\sqrt{\bar s_{ng} + \varepsilon}} + \beta_g $$
+
+    Args:
+        x: (N, C, *spatial).
+        weight: $\gamma_c$, (C,).
+        bias: $\beta_c$, (C,).
+        group_weight: $\gamma_g$, (num_groups,), or (C,) for one of each channel.
+        group_bias: $\beta_g$, likewise.
+        num_groups: groups of channels, a divisor of C.
+        mean: $\mu$, (C,), as a constant; default: the batch's own, with gradients through it.
+        var: $v$, (C,), likewise.
+        eps: added to variances.
+        relu: whether ReLU follows, in the same write.
+
+    Returns:
+        Of the shape, dtype and layout of ``x``.
+
+    Raises:
+        ConfigError: ``num_groups`` does not divide C; only one of mean and var.
+        ShapeError: ``x`` does not have the channels of ``weight``.
+
+    Examples:
+        >>> import torch
+        >>> x = torch.randn(2, 8, 5, 5, generator=torch.Generator().manual_seed(0))
+        >>> one, none = torch.ones(8), torch.zeros(8)
+        >>> y = batch_channel_norm(x, one, none, one, none, num_groups=4)
+        >>> z = torch.nn.functional.batch_norm(x, None, None, training=True)
+        >>> torch.allclose(y, torch.nn.functional.group_norm(z, 4), atol=1e-5)
+        True
+
+    References:
+        Qiao et al., "Rethinking Normalization and Elimination Singularity in Neural Networks",
+        arXiv 1911.09738.
+    """
+    if (mean is None) != (var is None):
+        raise ConfigError("batch_channel_norm needs both mean and var as constants, or neither.")
+    require_groups(len(weight), num_groups)
+    require_channels(x, len(weight), "batch_channel_norm")
+    moments = measure(x)
+    if mean is None or var is None:
+        seen = observe(moments)
+        program = BatchChannel(num_groups, eps, seen.mean, seen.var, observed=True)
+    else:
+        mean, var = (t.view(1, 1, -1).to(moments.mean.dtype) for t in (mean, var))
+        program = BatchChannel(num_groups, eps, mean, var)
+    return normalize(x, moments, program, weight, bias, group_weight, group_bias, relu=relu)
+
+
+def require_groups(channels: int, groups: int) -> None:
+    """Refuse a number of groups that does not divide the channels."""
+    if groups < 1 or channels % groups:
+        fitting = [g for g in range(1, channels + 1) if channels % g == 0]
+        near = min(fitting, key=lambda g: (abs(g - groups), g))
+        raise ConfigError(
+            f"num_groups must divide the number of channels; {groups} does not divide {channels}. "
+            f"The nearest that does is num_groups={near}."
+        )
+
+
+def require_channels(x: Tensor, channels: int, who: str) -> None:
+    """Refuse an input without so many channels on its second axis."""
+    if x.dim() < 2 or x.shape[1] != channels:
+        raise ShapeError(
+            f"{who} needs input of shape (N, {channels}, *spatial); got {tuple(x.shape)}. Channels "
+            f"are axis 1: construct it for the number of channels that comes, or permute."
+        )

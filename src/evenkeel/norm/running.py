@@ -1,0 +1,62 @@
+"""The statistics of batches, and what layers remember of them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evenkeel.moments import Moments, processes
+from evenkeel.norm.programs import batch_statistics
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """Statistics of a batch.
+
+    Attributes:
+        mean: of each part of the batch, (K, 1, C).
+        var: of each part about ``mean``, or about the center that was asked for; biased.
+        share: what one sample's moments count for in them.
+        bessel: what makes the variance an unbiased one.
+    """
+
+    mean: Tensor
+    var: Tensor
+    share: float | Tensor
+    bessel: float | Tensor
+
+
+@torch.no_grad()
+def observe(
+    moments: Moments, *, parts: int = 1, center: Tensor | None = None, synchronize: bool = False
+) -> Observed:
+    """The statistics of a batch that has samples, or of the batches of all processes together."""
+    samples = moments.mean.shape[0] // parts
+    count = samples * moments.positions
+    if not synchronize:
+        mean, var = batch_statistics(moments, parts, center)
+        return Observed(mean, var, 1 / samples, count / max(count - 1, 1))
+    mean, var = (t.view(-1) for t in batch_statistics(moments))
+    means, variances, shares = processes.gathered(mean, var, count)
+    mean = (shares * means).sum(0)
+    about = mean if center is None else center
+    var = (shares * (variances + (means - about).square())).sum(0)
+    own = shares[torch.distributed.get_rank()]
+    total = count / own
+    return Observed(
+        mean.view(1, 1, -1), var.view(1, 1, -1), own / max(samples, 1), total / (total - 1)
+    )
+
+
+def follow_(
+    running: tuple[Tensor, Tensor], now: tuple[Tensor, Tensor], rate: float | Tensor
+) -> None:
+    """Move running mean and variance toward those of now, where these are finite."""
+    finite = now[1].isfinite()  # a value that is not finite leaves no finite variance
+    for kept, seen in zip(running, now, strict=True):
+        kept.lerp_(torch.where(finite, seen.to(kept.dtype), kept), rate)
+
+
+def is_recomputation() -> bool:
+    """Whether this forward is one that activation checkpointing repeats in backward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
