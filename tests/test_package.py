@@ -19,7 +19,7 @@ METHODS = {"analog", "calibrate", "norm"}
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     **{method: GROUND | {method} for method in METHODS},
-    "models": GROUND | {"models"},
+    "models": GROUND | {"models", "norm"},
     "data": GROUND | {"data"},
     "train": GROUND | {"train"},
     "audit": GROUND | {"audit", "data", "models"},  # protocols only: no method's room

@@ -35,7 +35,7 @@ def study(
     Parameters
     ----------
     name
-        Of the study: noise_aware.
+        Of the study: noise_aware or batch_channel.
     scale
         smoke: minutes, on scikit-learn's digits. small: a sketch on the study's data. full: the
         figures that are published; hours.

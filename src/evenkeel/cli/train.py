@@ -20,7 +20,7 @@ from evenkeel.files import require_writable_folder, write_atomically
 from evenkeel.models import build
 from evenkeel.provenance import environment
 from evenkeel.saving import save
-from evenkeel.train import crop_and_flip, fit, recipe
+from evenkeel.train import Recipe, crop_and_flip, fit, recipe
 
 
 def train(
@@ -30,6 +30,11 @@ def train(
     out: Path,
     data_root: Path | None = None,
     epochs: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    norm: str | None = None,
+    normalization_batch: int | None = None,
+    weight_standard: bool | None = None,
     seed: int | None = None,
     precision: str | None = None,
 ) -> None:
@@ -47,12 +52,32 @@ def train(
         Where published sets lie; default $EVENKEEL_DATA.
     epochs
         Another number of passes than the recipe's.
+    batch_size
+        Another number of samples per step than the recipe's.
+    learning_rate
+        Another peak than the recipe's; it wants to fall with the batch size.
+    norm
+        Another normalizer than the recipe's: batch, group, layer, batch_channel,
+        batch_channel_running (for batches of one or two) or none.
+    normalization_batch
+        Normalize so many samples together, within a larger batch.
+    weight_standard
+        Standardize the convolutions' weights.
     seed
         Another seed than the recipe's.
     precision
         Another than the recipe's: 32-true, or bf16-mixed where the machine has instructions for it.
     """
-    asked = {"epochs": epochs, "seed": seed, "precision": precision}
+    asked = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "norm": norm,
+        "normalization_batch": normalization_batch,
+        "weight_standard": weight_standard,
+        "seed": seed,
+        "precision": precision,
+    }
     changed = {option: value for option, value in asked.items() if value is not None}
     chosen = dataclasses.replace(recipe(name), **changed)  # type: ignore[arg-type]
     require_writable_folder(out.parent)
@@ -81,7 +106,7 @@ def train(
             )
 
         network = fit(
-            lambda: _laid_out(build(chosen.architecture, norm=chosen.norm), torch.channels_last),
+            lambda: _laid_out(_network(chosen), torch.channels_last),
             x,
             y,
             epochs=chosen.epochs,
@@ -109,6 +134,15 @@ def train(
         f"{facts['test_accuracy']:.2f} % on {facts['test_samples']} samples.",
         highlight=False,
     )
+
+
+def _network(chosen: Recipe) -> nn.Module:
+    options: dict[str, Any] = {"norm": chosen.norm}
+    if chosen.normalization_batch is not None:
+        options["normalization_batch"] = chosen.normalization_batch
+    if chosen.weight_standard:
+        options["weight_standard"] = True
+    return build(chosen.architecture, **options)
 
 
 def _laid_out(network: nn.Module, memory_format: torch.memory_format) -> nn.Module:

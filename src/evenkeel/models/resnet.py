@@ -1,5 +1,6 @@
-"""A small residual network, for images of any size, with batch norm, group norm or none."""
+"""A small residual network, for images of any size, with any normalizer or none."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from evenkeel.errors import ConfigError, nearest
 from evenkeel.models.registry import architecture
+from evenkeel.norm import BatchChannelNorm2d, GhostBatchNorm2d, standardize_weights_
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -27,11 +29,19 @@ class ChannelAffine(nn.Module):
         return x * self.weight[:, None, None] + self.bias[:, None, None]
 
 
-NORMS: dict[str, NormLayer] = {
-    "batch": nn.BatchNorm2d,
-    "group": lambda channels: nn.GroupNorm(channels // GROUP, channels),
-    "none": ChannelAffine,
+NORMS: dict[str, Callable[[int, int | None], nn.Module]] = {
+    "batch": lambda c, size: (
+        nn.BatchNorm2d(c) if size is None else GhostBatchNorm2d(c, normalization_batch=size)
+    ),
+    "group": lambda c, size: nn.GroupNorm(c // GROUP, c),
+    "layer": lambda c, size: nn.GroupNorm(1, c),
+    "batch_channel": lambda c, size: BatchChannelNorm2d(c, c // GROUP, normalization_batch=size),
+    "batch_channel_running": lambda c, size: BatchChannelNorm2d(
+        c, c // GROUP, statistics="running", normalization_batch=size
+    ),
+    "none": lambda c, size: ChannelAffine(c),
 }
+"""By name, from channels and the samples that are normalized together (None for all)."""
 
 
 class ResidualBlock(nn.Module):
@@ -98,14 +108,29 @@ class ResNet(nn.Module):
 
 
 def _resnet(
-    num_classes: int, in_channels: int, widths: Sequence[int], blocks: int, norm: str
+    num_classes: int,
+    in_channels: int,
+    widths: Sequence[int],
+    blocks: int,
+    norm: str,
+    normalization_batch: int | None,
+    weight_standard: bool,
 ) -> ResNet:
     if norm not in NORMS:
         raise ConfigError(f"Unknown norm {norm!r}. {nearest(norm, NORMS)}")
-    network = ResNet(num_classes, in_channels, widths, blocks, NORMS[norm])
+    norm_layer = functools.partial(_made, NORMS[norm], normalization_batch)
+    network = ResNet(num_classes, in_channels, widths, blocks, norm_layer)
     if norm == "none":
         _start_small_(network)
+    if weight_standard:
+        standardize_weights_(network)
     return network
+
+
+def _made(
+    norm: Callable[[int, int | None], nn.Module], size: int | None, channels: int
+) -> nn.Module:
+    return norm(channels, size)
 
 
 def _start_small_(network: ResNet) -> None:
@@ -121,12 +146,34 @@ def _start_small_(network: ResNet) -> None:
 
 
 @architecture("resnet8_digits")
-def resnet8_digits(num_classes: int = 10, in_channels: int = 1, norm: str = "batch") -> ResNet:
-    """8 layers, 48k weights, for 8x8 digits; norm is "batch", "group" or "none"."""
-    return _resnet(num_classes, in_channels, (16, 32, 48), 1, norm)
+def resnet8_digits(
+    num_classes: int = 10,
+    in_channels: int = 1,
+    norm: str = "batch",
+    normalization_batch: int | None = None,
+    weight_standard: bool = False,
+) -> ResNet:
+    """8 layers, 48k weights, for 8x8 digits.
+
+    Args:
+        num_classes: outputs.
+        in_channels: channels of the images.
+        norm: one of :data:`NORMS`.
+        normalization_batch: samples that are normalized together in training; default: the batch.
+        weight_standard: whether the convolutions' weights are standardized.
+    """
+    widths = (16, 32, 48)
+    return _resnet(num_classes, in_channels, widths, 1, norm, normalization_batch, weight_standard)
 
 
 @architecture("resnet14_cifar10")
-def resnet14_cifar10(num_classes: int = 10, in_channels: int = 3, norm: str = "batch") -> ResNet:
-    """14 layers, 175k weights, for 32x32 colour images; norm is "batch", "group" or "none"."""
-    return _resnet(num_classes, in_channels, (16, 32, 64), 2, norm)
+def resnet14_cifar10(
+    num_classes: int = 10,
+    in_channels: int = 3,
+    norm: str = "batch",
+    normalization_batch: int | None = None,
+    weight_standard: bool = False,
+) -> ResNet:
+    """14 layers, 175k weights, for 32x32 colour images; options as :func:`resnet8_digits`."""
+    widths = (16, 32, 64)
+    return _resnet(num_classes, in_channels, widths, 2, norm, normalization_batch, weight_standard)

@@ -6,8 +6,10 @@ next. Contiguous and channels-last activations are read as they lie, as rows of 
 positions P in the middle, and (A, D) is (N * C, 1) for contiguous ones, (N, C) for channels last.
 """
 
+import functools
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +48,9 @@ def sample_moments(x: Tensor) -> tuple[Tensor, Tensor]:
         nothing = torch.zeros(x.shape[:2], dtype=dtype, device=x.device)
         return nothing, nothing.clone()
     rows = _rows(readable(x))
-    if _is_large(rows, dtype):
+    if kernels := _kernels(x):
+        mean, var = kernels.sample_moments(rows, dtype)
+    elif _is_large(rows, dtype):
         mean, var = _large_moments(rows)
     else:
         guess = rows[:, : -(-rows.shape[1] // HEAD)].mean(1, keepdim=True, dtype=dtype)
@@ -78,11 +82,14 @@ def affine(x: Tensor, scale: Tensor, offset: Tensor, *, relu: bool = False) -> T
         return torch.empty_like(x)
     rows = _rows(x)
     scale, offset = _per_row(scale, rows), _per_row(offset, rows)
-    if _has_kernels(rows):
+    if _has_native(rows):
         z = _native_affine(rows, scale, offset)
         return (z.relu_() if relu else z).view(x.shape)
     y = torch.empty_like(x)
     out = _rows(y)
+    if kernels := _kernels(x):
+        kernels.affine(rows, scale, offset, out, relu=relu)
+        return y
     for a, p in _tiles(rows):
         z = _affine(rows[a, p], scale[a], offset[a], _place(out[a, p], scale.dtype))
         if relu:
@@ -112,7 +119,10 @@ def paired_sums(
     rows = _rows(readable(x))
     gradient = _rows_as(dy, rows)
     about = _per_row(mean, rows)
-    if _has_kernels(rows) and not relu:
+    if kernels := _kernels(x):
+        given = about, _per_row(scale, rows), _per_row(offset, rows)
+        total, product = kernels.paired_sums(gradient, rows, *given, relu=relu)
+    elif _has_native(rows) and not relu:
         total, product = _native_sums(gradient, rows, about)
     elif _is_large(rows, mean.dtype) and not relu:
         total, product = _large_sums(gradient, rows, about)
@@ -158,10 +168,13 @@ def combine(
     rows = _rows(x)
     gradient = _rows_as(dy, rows)
     scale, offset, slope, shift = (_per_row(k, rows) for k in (scale, offset, slope, shift))
-    if _has_kernels(rows) and rows.dtype == scale.dtype and not relu:
+    if _has_native(rows) and rows.dtype == scale.dtype and not relu:
         return _native_affine(rows, slope, shift).addcmul_(gradient, scale).view(x.shape)
     dx = torch.empty_like(x)
     out = _rows(dx)
+    if kernels := _kernels(x):
+        kernels.combine(gradient, rows, scale, offset, slope, shift, out, relu=relu)
+        return dx
     for a, p in _tiles(rows):
         t = rows[a, p]
         g = _passed(gradient[a, p], t, scale[a], offset[a], relu=relu)
@@ -187,7 +200,7 @@ def _rows_as(dy: Tensor, rows: Tensor) -> Tensor:
     """A gradient in the order of the rows; a copy where it is laid out otherwise."""
     if rows.shape[2] > 1 or rows.shape[1] == 1:
         dy = dy.movedim(1, -1)
-    return dy.reshape(rows.shape)
+    return dy.reshape(rows.shape).contiguous()
 
 
 def _per_row(coefficient: Tensor, rows: Tensor) -> Tensor:
@@ -238,7 +251,21 @@ def _passed(g: Tensor, t: Tensor, scale: Tensor, offset: Tensor, *, relu: bool) 
     return passed
 
 
-def _has_kernels(rows: Tensor) -> bool:
+def _kernels(x: Tensor) -> Any:
+    """The Triton kernels, where ``x`` is on a GPU that they run on; torch brings Triton with it."""
+    return _imported_kernels() if x.is_cuda else None
+
+
+@functools.cache
+def _imported_kernels() -> Any:
+    try:
+        from evenkeel.moments import kernels
+    except ImportError:  # a GPU build of torch without Triton: its own operations do
+        return None
+    return kernels
+
+
+def _has_native(rows: Tensor) -> bool:
     """Whether batch norm's own kernels fit: contiguous rows are channels of a batch of one."""
     return rows.device.type == "cpu" and rows.shape[2] == 1
 

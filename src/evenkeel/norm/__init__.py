@@ -9,6 +9,7 @@ from evenkeel.norm.batch_channel import BatchChannelNorm2d as BatchChannelNorm2d
 from evenkeel.norm.batch_channel import BatchChannelNorm3d as BatchChannelNorm3d
 from evenkeel.norm.convert import Conversion as Conversion
 from evenkeel.norm.convert import convert_ as convert_
+from evenkeel.norm.ghost import GhostBatchNorm2d as GhostBatchNorm2d
 from evenkeel.norm.noise_aware import NoiseAwareBatchNorm as NoiseAwareBatchNorm
 from evenkeel.norm.noise_aware import NoiseAwareBatchNorm1d as NoiseAwareBatchNorm1d
 from evenkeel.norm.noise_aware import NoiseAwareBatchNorm2d as NoiseAwareBatchNorm2d

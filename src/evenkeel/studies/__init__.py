@@ -6,5 +6,8 @@ from evenkeel.studies.frame import Part as Part
 from evenkeel.studies.frame import Study as Study
 from evenkeel.studies.frame import run as run
 
-STUDIES = {"noise_aware": "evenkeel.studies.noise_aware.study:STUDY"}
+STUDIES = {
+    "noise_aware": "evenkeel.studies.noise_aware.study:STUDY",
+    "batch_channel": "evenkeel.studies.batch_channel.study:STUDY",
+}
 """By name, where each is; a study is imported when it is asked for."""

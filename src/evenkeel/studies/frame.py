@@ -94,12 +94,7 @@ class Desk:
 
     def training_data(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and labels to train on."""
-        if self.data_name == "digits":
-            samples = datasets.digits().train
-            assert samples is not None
-            return samples
-        chosen = datasets.SETS[self.data_name]
-        return chosen.read_train(datasets.folder_of(self.data_name, self.data_root))
+        return load_training_data(self.data_name, self.data_root)
 
     def audit(
         self, network: Path, what: str, *, test_samples: int | None = None, **options: Any
@@ -278,6 +273,31 @@ def load_data(name: str, root: Path | None) -> Data:
     if name == "digits":
         return datasets.digits()
     return datasets.SETS[name].read(datasets.folder_of(name, root))
+
+
+@functools.lru_cache(maxsize=2)
+def load_training_data(name: str, root: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and labels to train on, read once in each process."""
+    if name == "digits":
+        samples = datasets.digits().train
+        assert samples is not None
+        return samples
+    return datasets.SETS[name].read_train(datasets.folder_of(name, root))
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def svg(chart: Any) -> str:
+    """An altair chart as a picture for a page."""
+    import vl_convert
+
+    drawn = chart.configure(background="white", font="sans-serif", padding=12)
+    text: str = vl_convert.vegalite_to_svg(drawn.to_json())
+    return text
 
 
 def _of(path: Path) -> str:

@@ -29,6 +29,7 @@ def fit(
     checkpoint: Path | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda facts: None,
+    watch: Callable[[nn.Module], dict[str, Any]] = lambda model: {},
 ) -> nn.Module:
     """Train a classifier with SGD and a one-cycle schedule; the global generator is put back.
 
@@ -46,7 +47,8 @@ def fit(
         checkpoint: file to go on from, written after every epoch. A run that was killed ends as one
             that was not.
         on_step: called with steps done and steps in all.
-        on_epoch: called with an epoch's number, mean loss and seconds.
+        on_epoch: called with an epoch's number, mean loss, seconds, and what ``watch`` has found.
+        watch: looks at the network, in eval mode, after each epoch.
 
     Returns:
         The network in eval mode.
@@ -94,7 +96,9 @@ def fit(
                 state = {name: part.state_dict() for name, part in parts.items()}
                 checkpoints.store(checkpoint, identity, {"epoch": epoch + 1, **state})
             seconds = time.perf_counter() - started
-            on_epoch({"epoch": epoch + 1, "loss": total_loss / steps, "seconds": seconds})
+            facts = {"epoch": epoch + 1, "loss": total_loss / steps, "seconds": seconds}
+            on_epoch(facts | watch(model.eval()))
+            model.train()
     return model.eval()
 
 

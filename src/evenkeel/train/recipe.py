@@ -15,7 +15,10 @@ class Recipe:
         epochs: passes over the training data.
         batch_size: samples per step, over all processes.
         learning_rate: peak of the one-cycle schedule.
-        norm: "batch", "group" or "none"; the last two want a lower learning rate.
+        norm: a name in :data:`evenkeel.models.resnet.NORMS`; "group" and "none" want a lower
+            learning rate.
+        normalization_batch: samples that are normalized together; None for all of a batch.
+        weight_standard: whether the convolutions' weights are standardized.
         augment: random crops of images padded by 4 pixels, and mirror images.
         precision: as lightning-fabric names it: "32-true" or "bf16-mixed".
         seed: of initialisation, order and augmentation.
@@ -27,6 +30,8 @@ class Recipe:
     batch_size: int
     learning_rate: float
     norm: str = "batch"
+    normalization_batch: int | None = None
+    weight_standard: bool = False
     augment: bool = False
     precision: str = "32-true"
     seed: int = 0

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from evenkeel.audit.summary import Cell
 from evenkeel.files import write_atomically
-from evenkeel.studies.frame import Facts, cells_of
+from evenkeel.studies.frame import Facts, cells_of, svg
 from evenkeel.studies.noise_aware.tables import tables
 
 SHOWN = ("none", "pooled", "online", "calibrate", "match+calibrate", "match+clip+calibrate")
@@ -22,18 +21,9 @@ def draw(done: dict[str, Facts], folder: Path) -> list[Path]:
         if part in done and len({(c.level, c.age_s) for c in cells_of(done[part])}) > 1:
             drawn = chart(_shown(cells_of(done[part])), done[part]["digital"], "accuracy")
             pictures.append(folder / f"{part}.svg")
-            write_atomically(pictures[-1], _svg(drawn).encode())
+            write_atomically(pictures[-1], svg(drawn.properties(width=560, height=260)).encode())
     return pictures
 
 
 def _shown(cells: Sequence[Cell]) -> list[Cell]:
     return [cell for cell in cells if cell.remedy in SHOWN]
-
-
-def _svg(chart: Any) -> str:
-    import vl_convert
-
-    sized = chart.properties(width=560, height=260)
-    sized = sized.configure(background="white", font="sans-serif", padding=12)
-    text: str = vl_convert.vegalite_to_svg(sized.to_json())
-    return text

@@ -6,7 +6,7 @@ from typing import Any
 
 from evenkeel.audit.plan import age_label
 from evenkeel.audit.summary import Cell
-from evenkeel.studies.frame import Facts, cells_of
+from evenkeel.studies.frame import Facts, cells_of, markdown
 
 
 def tables(done: dict[str, Facts]) -> str:
@@ -73,7 +73,7 @@ def _streams(chips: Sequence[Facts]) -> str:
         "online behind, worst chip",
         "one class: cost on it", "on the mixed samples after it", "from the very start",
     ]  # fmt: skip
-    return _table(header, rows)
+    return markdown(header, rows)
 
 
 def _ageing(chips: Sequence[Facts]) -> str:
@@ -85,7 +85,7 @@ def _ageing(chips: Sequence[Facts]) -> str:
         ]
         for name in ("online", "frozen", "online_after_a_jump")
     ]
-    return f"{len(chips)} chips.\n\n{_table(['', *ages], rows)}"
+    return f"{len(chips)} chips.\n\n{markdown(['', *ages], rows)}"
 
 
 def _pivot(cells: Sequence[Cell], show: Any, names: Sequence[str] | None = None) -> str:
@@ -97,7 +97,7 @@ def _pivot(cells: Sequence[Cell], show: Any, names: Sequence[str] | None = None)
         [name, *(by_place.get((name, column), "") for column in columns)]
         for name in dict.fromkeys(names)
     ]
-    return _table(["remedy", *columns], rows)
+    return markdown(["remedy", *columns], rows)
 
 
 def _on(cell: Cell) -> str:
@@ -111,8 +111,3 @@ def _points(cell: Cell) -> str:
 def _recovered(cell: Cell) -> str:
     share = "" if cell.recovered is None else f"{100 * cell.recovered:.0f} %"
     return "" if cell.harmed is None else f"{share or '–'}, {100 * cell.harmed:.0f} %"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

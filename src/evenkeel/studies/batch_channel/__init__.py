@@ -1,0 +1,1 @@
+"""Batch-channel normalization, and what it is to mend."""

@@ -1,0 +1,130 @@
+"""One training run: a network with a normalizer, its error after every epoch, its dead units."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evenkeel.batches import first
+from evenkeel.data.dataset import fingerprint
+from evenkeel.draws import Draws
+from evenkeel.files import write_atomically
+from evenkeel.models import build
+from evenkeel.norm import singularity
+from evenkeel.studies.frame import load_data, load_training_data
+from evenkeel.train import crop_and_flip, fit
+
+WATCHED = 500
+"""Test samples that dead units are counted on."""
+
+
+def trained(
+    data: str,
+    root: Path | None,
+    cache: Path,
+    architecture: str,
+    norm: str,
+    weight_standard: bool,
+    normalization_batch: int | None,
+    seed: int,
+    epochs: int,
+    samples: int,
+    batch_size: int,
+    learning_rate: float,
+    watched: bool,
+    displaced: tuple[float, float] | None = None,
+) -> dict[str, Any]:
+    """Train on the first so many samples; error in percent after each epoch, on all test samples.
+
+    A killed run goes on after its last epoch. ``displaced`` are the deviations of fixed shifts and
+    log scales that every batch norm's output gets before its affine parameters.
+    """
+    settings = {k: v for k, v in locals().items() if k not in ("root", "cache")}
+    name = fingerprint([json.dumps(settings)])
+    log = cache / f"{name}.json"
+    known: list[dict[str, Any]] = json.loads(log.read_text()) if log.exists() else []
+    x, y = load_training_data(data, root)
+    samples_ = load_data(data, root)
+
+    def make() -> nn.Module:
+        network = build(
+            architecture,
+            norm=norm,
+            normalization_batch=normalization_batch,
+            weight_standard=weight_standard,
+        )
+        if displaced is not None:
+            displace_(network, *displaced, seed=seed)
+        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+    def watch(network: nn.Module) -> dict[str, Any]:
+        facts: dict[str, Any] = {"error": error(network, samples_.test)}
+        if watched:
+            found = singularity(network, first(samples_.test, WATCHED)).to_dict()
+            facts |= {"dead": found["dead"], "layers": found["rows"]}
+        return facts
+
+    def note(epoch: dict[str, Any]) -> None:
+        known.append(epoch)
+        write_atomically(log, json.dumps(known).encode())
+
+    checkpoint = cache / f"{name}.checkpoint"
+    if len(known) < epochs:
+        fit(
+            make,
+            x[:samples],
+            y[:samples],
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            augment=crop_and_flip if x.shape[1] == 3 else lambda x: x,
+            seed=seed,
+            checkpoint=checkpoint,
+            on_epoch=note,
+            watch=watch,
+        )
+        checkpoint.unlink(missing_ok=True)
+    return settings | {"epochs": known[-epochs:]}
+
+
+@torch.no_grad()
+def error(network: nn.Module, batches: Any) -> float:
+    """Percent wrong; a network that has left the numbers is wrong on all."""
+    wrong, total = 0, 0
+    for x, y in batches:
+        scores = network(x)
+        right = (scores.argmax(1) == y) & scores.isfinite().all(1)
+        wrong, total = wrong + int((~right).sum()), total + len(y)
+    return 100 * wrong / total
+
+
+class Displaced(nn.Module):
+    r"""A batch norm held away from its own point: $y = \gamma(e^{s_c}\hat x + m_c) + \beta$.
+
+    $m_c \sim N(0, \sigma_m)$ and $s_c \sim N(0, \sigma_s)$ are drawn once for each channel.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, norm: nn.BatchNorm2d, means: float, scales: float, draws: Draws) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(norm.num_features, affine=False)
+        self.weight, self.bias = norm.weight, norm.bias
+        shape = (norm.num_features, 1, 1)
+        self.register_buffer("shift", means * draws.normal("shift", shape))
+        self.register_buffer("scale", (scales * draws.normal("scale", shape)).exp())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of the same shape."""
+        y: Tensor = self.norm(x) * self.scale + self.shift
+        return y * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+def displace_(network: nn.Module, means: float, scales: float, *, seed: int) -> None:
+    """Hold every batch norm of a network away from its point."""
+    for path, module in list(network.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            network.set_submodule(path, Displaced(module, means, scales, Draws(seed, path)))
