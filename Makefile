@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
-.PHONY: audit test check lint types docs wheel results test-aihwkit clean
+.PHONY: audit test check lint types docs wheel results test-aihwkit test-zoo clean
 
 audit: $(VENV)/.ready
 	$(BIN)/evenkeel audit --out audit $(ARGS)
@@ -39,12 +39,24 @@ wheel: $(VENV)/.ready-test
 # A network converted by IBM's aihwkit, calibrated by evenkeel; in an environment of its own, as
 # aihwkit's wheel must be installed without what it declares to need.
 test-aihwkit: $(VENV)-aihwkit/.ready
-	$(VENV)-aihwkit/bin/python -m pytest tests_aihwkit $(ARGS)
+	$(VENV)-aihwkit/bin/python -m pytest --confcutdir=tests_aihwkit tests_aihwkit $(ARGS)
 
 $(VENV)-aihwkit/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-aihwkit
 	$(VENV)-aihwkit/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]" pytest pytest-timeout
 	$(VENV)-aihwkit/bin/python -m pip install --quiet --disable-pip-version-check --no-deps aihwkit==1.1.0 tqdm==4.70.1
+	touch $@
+
+# timm's and torchvision's networks; in an environment of their own, as torchvision's wheel wants
+# another torch, and must be installed without what it declares to need.
+test-zoo: $(VENV)-zoo/.ready
+	$(VENV)-zoo/bin/python -m pytest --confcutdir=tests_zoo tests_zoo $(ARGS)
+
+$(VENV)-zoo/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-zoo
+	$(VENV)-zoo/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]" pytest pytest-timeout
+	$(VENV)-zoo/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.29.1 timm==1.0.31
+	$(VENV)-zoo/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt huggingface_hub==2.4.0 pyyaml
 	touch $@
 
 $(VENV)/bin/python:
@@ -64,7 +76,7 @@ $(VENV)/.ready-docs: $(VENV)/.ready-test
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-wheel $(VENV)-aihwkit dist site audit
+	rm -rf $(VENV) $(VENV)-wheel $(VENV)-aihwkit $(VENV)-zoo dist site audit
 
 # The figures of the method cards, again.
 DIGITS := $(BIN)/evenkeel audit --out .cache/results --chips 16

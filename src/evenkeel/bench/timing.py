@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from evenkeel.errors import ConfigError
+
 BLOCK_S = 0.1
 """Seconds that a block of calls takes."""
 
@@ -33,6 +35,8 @@ def compare(candidates: Sequence[Callable[[], object]], rounds: int = 9) -> list
 
     A machine's speed drifts, so a ratio is taken within a round, in which blocks lie side by side.
     """
+    if rounds < 1:
+        raise ConfigError(f"rounds must be 1 or more; got {rounds!r}.")
     calls = [_calls_in_a_block(run) for run in candidates]
     blocks: list[list[float]] = [[] for _ in candidates]
     for _ in range(rounds):
@@ -70,5 +74,7 @@ def _wait() -> None:
 
 
 def _quartiles(times: list[float]) -> tuple[float, float]:
-    low, _, high = statistics.quantiles(times, n=4)
+    if len(times) == 1:
+        return times[0], times[0]
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
     return low, high

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evenkeel.cli.progress import progress_bar
+from evenkeel.errors import ConfigError
 from evenkeel.files import require_writable_folder, write_atomically
 from evenkeel.provenance import environment
 
@@ -47,6 +48,12 @@ def bench(
 
     if json_file is not None:
         require_writable_folder(json_file.parent)
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # of no such kind, or none here
+        raise ConfigError(
+            f"--device must be one that is here, cpu or cuda; got {device!r}."
+        ) from error
     if threads is not None:
         torch.set_num_threads(threads)
     console = Console()

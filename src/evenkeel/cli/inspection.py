@@ -64,6 +64,8 @@ def inspect(
     network = network_from(model, weights)
     batches = first(samples_from(data, data_root, mean, std).test, samples)
     console = Console()
+    if not console.is_terminal:
+        console.width = 1000  # nothing is cut for want of a screen
     with progress_bar(console) as bar:
         found = singularity(network, bar.track(batches, description="batches"))
     head, *lines = found.cells()

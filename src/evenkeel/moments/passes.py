@@ -21,6 +21,9 @@ HEAD = 8
 LARGE = 2**16
 """Elements of a channels-last sample from which on torch's own reductions are worth a call each."""
 
+TOLERANCE = 1e-7
+"""Squared error of a mean, in variances, beyond which a reduction is done again."""
+
 _kept = threading.local()
 
 
@@ -50,19 +53,23 @@ def sample_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     rows = _rows(readable(x))
     if kernels := _kernels(x):
         mean, var = kernels.sample_moments(rows, dtype)
-    elif _is_large(rows, dtype):
-        mean, var = _large_moments(rows)
+    elif _is_large(rows, dtype) and (found := _large_moments(rows)) is not None:
+        mean, var = found
     else:
-        guess = rows[:, : -(-rows.shape[1] // HEAD)].mean(1, keepdim=True, dtype=dtype)
-        rest, var = torch.zeros_like(guess), torch.zeros_like(guess)
-        for a, p in _tiles(rows):
-            about = torch.sub(rows[a, p], guess[a], out=_scratch(rows[a, p], dtype))
-            rest[a] += about.sum(1, keepdim=True)
-            var[a] += torch.mul(about, about, out=about).sum(1, keepdim=True)
-        rest /= rows.shape[1]
-        mean = guess + rest
-        var = var.div_(rows.shape[1]).sub_(rest.square_()).clamp_min_(0)
+        mean, var = _tiled_moments(rows, dtype)
     return mean.view(x.shape[:2]), var.view(x.shape[:2])
+
+
+def _tiled_moments(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    guess = rows[:, : -(-rows.shape[1] // HEAD)].mean(1, keepdim=True, dtype=dtype)
+    rest, var = torch.zeros_like(guess), torch.zeros_like(guess)
+    for a, p in _tiles(rows):
+        about = torch.sub(rows[a, p], guess[a], out=_scratch(rows[a, p], dtype))
+        rest[a] += about.sum(1, keepdim=True)
+        var[a] += torch.mul(about, about, out=about).sum(1, keepdim=True)
+    rest /= rows.shape[1]
+    var = var.div_(rows.shape[1]).sub_(rest.square()).clamp_min_(0)
+    return guess + rest, var
 
 
 def affine(x: Tensor, scale: Tensor, offset: Tensor, *, relu: bool = False) -> Tensor:
@@ -84,7 +91,7 @@ def affine(x: Tensor, scale: Tensor, offset: Tensor, *, relu: bool = False) -> T
     scale, offset = _per_row(scale, rows), _per_row(offset, rows)
     if _has_native(rows):
         z = _native_affine(rows, scale, offset)
-        return (z.relu_() if relu else z).view(x.shape)
+        return _shaped(z.relu_() if relu else z, x)
     y = torch.empty_like(x)
     out = _rows(y)
     if kernels := _kernels(x):
@@ -169,7 +176,7 @@ def combine(
     gradient = _rows_as(dy, rows)
     scale, offset, slope, shift = (_per_row(k, rows) for k in (scale, offset, slope, shift))
     if _has_native(rows) and rows.dtype == scale.dtype and not relu:
-        return _native_affine(rows, slope, shift).addcmul_(gradient, scale).view(x.shape)
+        return _shaped(_native_affine(rows, slope, shift).addcmul_(gradient, scale), x)
     dx = torch.empty_like(x)
     out = _rows(dx)
     if kernels := _kernels(x):
@@ -265,6 +272,12 @@ def _imported_kernels() -> Any:
     return kernels
 
 
+def _shaped(z: Tensor, x: Tensor) -> Tensor:
+    """In the shape of ``x``, and not as a view: what follows may change it in place."""
+    shaped: Tensor = torch.ops.aten._unsafe_view(z, x.shape)
+    return shaped
+
+
 def _has_native(rows: Tensor) -> bool:
     """Whether batch norm's own kernels fit: contiguous rows are channels of a batch of one."""
     return rows.device.type == "cpu" and rows.shape[2] == 1
@@ -297,15 +310,18 @@ def _is_large(rows: Tensor, dtype: torch.dtype) -> bool:
     return on_cpu and rows.shape[2] > 1 and rows[0].numel() >= LARGE and rows.dtype == dtype
 
 
-def _large_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+def _large_moments(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     """Of channels-last rows, by batch norm's own reduction, one sample a call.
 
-    Its sums lose digits where the mean is large; ``torch.mean`` does not, and mends both.
+    Its sums lose digits where the mean is large, which ``torch.mean`` does not: where the two
+    differ, there is nothing to be had from it.
     """
     mean = rows.mean(1)  # (N, C)
     found = [torch.batch_norm_update_stats(t, None, None, 0.0) for t in _as_images(rows)]
-    var = torch.stack([v for _, v in found]) - (torch.stack([m for m, _ in found]) - mean).square_()
-    return mean, var.clamp_min_(0)
+    means, variances = (torch.stack(each) for each in zip(*found, strict=True))
+    if bool(((means - mean).square_() > TOLERANCE * variances).any()):
+        return None
+    return mean, variances
 
 
 def _large_sums(dy: Tensor, rows: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:

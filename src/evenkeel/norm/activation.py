@@ -24,20 +24,45 @@ class NormAct(nn.Module):
         True
     """
 
+    norm: nn.Module
+    act: nn.Module
+    drop: nn.Module
+
     def __init__(self, norm: nn.Module, act: nn.Module, drop: nn.Module | None = None) -> None:
         super().__init__()
         self.norm = norm
         self.drop = drop or nn.Identity()
         self.act = act
 
+    @property
+    def weight(self) -> Any:
+        """The normalizer's: some networks start it at zero."""
+        return self.norm.weight
+
+    @property
+    def bias(self) -> Any:
+        """The normalizer's."""
+        return self.norm.bias
+
     def forward(self, x: Tensor) -> Tensor:
         """Of the same shape."""
+        norm, parts = self.norm, (self.norm, self.drop, self.act)
         plain = type(self.drop) is nn.Identity and type(self.act) is nn.ReLU
-        watched = any(vars(m)["_forward_hooks"] for m in (self.norm, self.drop, self.act))
-        if plain and not watched and isinstance(self.norm, BatchChannelNorm):
-            return self.norm.normalized(x, relu=True)
+        if plain and isinstance(norm, BatchChannelNorm) and not any(map(_is_special, parts)):
+            return norm.normalized(x, relu=True)
         y: Tensor = self.act(self.drop(self.norm(x)))
         return y
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _is_special(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says: hooks, or a forward of its own."""
+    own = isinstance(module, BatchChannelNorm) and (
+        type(module).forward is not BatchChannelNorm.forward
+    )
+    return own or "forward" in vars(module) or any(vars(module)[hooks] for hooks in _HOOKS)
 
 
 def norm_act(

@@ -12,13 +12,13 @@ from evenkeel.norm.activation import NormAct
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 _FORWARDS = (BatchNorm.forward, nn.SyncBatchNorm.forward)
-_FROZEN = "FrozenBatchNorm2d"
-"""What torchvision and detectron2 call a batch norm that is all buffers."""
+_FROZEN = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
+"""What torchvision, detectron2 and timm call a batch norm that is all buffers."""
 
 
 def why_not(module: nn.Module) -> str | None:
     """Why a normalizer is not one that can be replaced; None for a batch norm that can."""
-    frozen = type(module).__name__ == _FROZEN
+    frozen = type(module).__name__ in _FROZEN
     if not isinstance(module, BatchNorm) and not frozen:
         return f"{type(module).__name__} is not a batch norm"
     if not frozen and type(module).forward not in _FORWARDS and followed_by(module) is None:
@@ -153,9 +153,16 @@ def in_place_of(old: nn.Module, factory: Callable[[int], nn.Module]) -> nn.Modul
         if name in own and own[name].shape == value.shape
     }
     new.load_state_dict(fitting, strict=False)
+    if hasattr(new, "group_weight") and "weight" in fitting and not fitting["weight"].any():
+        # A residual branch that starts at zero: in the last factor, not in one that is divided by.
+        nn.init.ones_(new.weight)  # type: ignore[arg-type]
+        nn.init.zeros_(new.group_weight)  # type: ignore[arg-type]
+    frozen = not any(p.requires_grad for p in old.parameters(recurse=False))
     for name, parameter in new.named_parameters(recurse=False):
         if isinstance(getattr(old, name, None), nn.Parameter):
             parameter.requires_grad_(getattr(old, name).requires_grad)
+        elif frozen and next(old.parameters(recurse=False), None) is not None:
+            parameter.requires_grad_(False)
     after = followed_by(old)
     if after is not None:
         drop, act = after

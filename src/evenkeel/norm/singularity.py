@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from evenkeel.batches import size
 from evenkeel.errors import ConfigError
 from evenkeel.moments import BatchMoments
-from evenkeel.norm.convert import is_normalizer
+from evenkeel.norm.convert import followed_by, is_normalizer
 
 DEAD = 0.01
 """A unit that is on for less than this share of inputs and positions counts as dead."""
@@ -158,7 +159,8 @@ def singularity(
 
     Args:
         model: any network; it runs in eval mode, and is left as it was.
-        batches: inputs, a few hundred samples or more: tensors, or tuples whose first item is one.
+        batches: inputs, a few hundred samples or more: tensors, tuples whose first item is one, or
+            what ``forward`` takes.
         forward: how to run the model on a batch.
 
     Returns:
@@ -183,14 +185,19 @@ def singularity(
     watch = _Watch(model)
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    tracking = [m for m in modes if getattr(m, "tracking", None) is True]
+    for module in tracking:
+        module.tracking = False  # type: ignore[assignment]
     samples = 0
     try:
         with watch:
             for batch in batches:
-                samples += len(batch if isinstance(batch, Tensor) else batch[0])
+                samples += size(batch)
                 watch.start()
                 forward(model, batch)
     finally:
+        for module in tracking:
+            module.tracking = True  # type: ignore[assignment]
         for module, mode in modes.items():
             module.training = mode
     if not watch.seen:
@@ -233,7 +240,8 @@ class _Unit:
             gain, bias = (_affine(self.module, name, mean) for name in ("weight", "bias"))
             fit = gain.abs() > 1e-6 * gain.abs().max().clamp_min(1e-30)
             before, spread = ((mean - bias) / gain)[fit], (std / gain.abs())[fit]
-            distances = float(before.abs().mean()), float((spread - 1).abs().mean())
+            if len(before):
+                distances = float(before.abs().mean()), float((spread - 1).abs().mean())
         return Row(
             layer=self.layer,
             kind="relu" if self.module is None else type(self.module).__name__,
@@ -246,9 +254,19 @@ class _Unit:
         )
 
 
+def _channel_dim(module: nn.Module, y: Tensor) -> int:
+    """Layer norms of torch over one axis have their channels last."""
+    one = len(getattr(module, "normalized_shape", ())) == 1
+    plain = type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
+    dim: int = getattr(module, "channel_dim", 1)
+    return -1 if one and plain and y.dim() > 2 else dim
+
+
 def _affine(module: nn.Module, name: str, like: Tensor) -> Tensor:
     """The last affine parameter that a normalizer applies, for each channel; 1 or 0 without."""
     value = getattr(module, f"group_{name}", getattr(module, name, None))
+    if isinstance(value, Tensor) and value.dim() > 1:
+        value = value.flatten(1).mean(1)
     if not isinstance(value, Tensor):
         return torch.full_like(like, float(name == "weight"))
     return value.detach().to(like).flatten().repeat_interleave(len(like) // value.numel())
@@ -276,6 +294,11 @@ class _Watch(TorchDispatchMode):
             before = module.register_forward_pre_hook(
                 lambda *_, path=path: self.inside.append(path)
             )
+            if after_it := followed_by(module):
+                handle = after_it[0].register_forward_pre_hook(
+                    lambda _, args, path=path, module=module: self._given(path, module, args[0])
+                )
+                self.hooks.callback(handle.remove)
             after = module.register_forward_hook(
                 lambda m, _, y, path=path: self._after(path, m, y), always_call=True
             )
@@ -290,18 +313,30 @@ class _Watch(TorchDispatchMode):
 
     def _after(self, path: str, module: nn.Module, y: Any) -> None:
         self.inside.pop()
-        if isinstance(y, Tensor) and is_normalizer(module):
-            last = isinstance(module, nn.LayerNorm) and y.dim() > 2
-            dim = -1 if last else getattr(module, "channel_dim", 1)
-            self.seen.setdefault(path, _Unit(path, module, dim)).add(y)
-            self.given.append((y, path))
+        if isinstance(y, Tensor) and is_normalizer(module) and followed_by(module) is None:
+            self._given(path, module, y)
+
+    def _given(self, path: str, module: nn.Module, y: Tensor) -> None:
+        self.seen.setdefault(path, _Unit(path, module, _channel_dim(module, y))).add(y)
+        self.given.append((y, path))
 
     def __torch_dispatch__(
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if op in _RELUS and args[0].dim() > 1:
             self._relu(args[0])
+        if op._schema.is_mutable:
+            self._forget(op, args)
         return op(*args, **(kwargs or {}))
+
+    def _forget(self, op: Any, args: tuple[Any, ...]) -> None:
+        """What is written over is no longer what a normalizer gave."""
+        for told, value in zip(op._schema.arguments, args, strict=False):
+            if told.alias_info and told.alias_info.is_write and isinstance(value, Tensor):
+                place = value.untyped_storage().data_ptr()
+                self.given = [
+                    (y, path) for y, path in self.given if y.untyped_storage().data_ptr() != place
+                ]
 
     def _relu(self, x: Tensor) -> None:
         for y, path in self.given:

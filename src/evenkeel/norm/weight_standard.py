@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from evenkeel.errors import ConfigError
-from evenkeel.layers import chosen_paths, register_weight_layer
+from evenkeel.layers import chosen_paths, register_weight_layer, require_own_weight
 from evenkeel.layers.weights import ConvWeights
 
 EPS = 1e-5
@@ -134,7 +134,22 @@ class Standardization:
         """Take the parametrizations off again; the weights beneath are as training left them."""
         for path in self.standardized:
             layer = self._model.get_submodule(path)
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+            if _is_standardized(layer):
+                _take_off(layer)
+
+
+def _take_off(layer: nn.Module) -> None:
+    of_weight: nn.ModuleList = layer.parametrizations["weight"]  # type: ignore[index,assignment]
+    others = [p for p in of_weight if not isinstance(p, WeightStandardization)]
+    if others:  # the user's own stay
+        while len(of_weight):
+            del of_weight[-1]
+        of_weight.extend(others)
+        return
+    names = ["weight", *(name for name in layer._parameters if name != "weight")]
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    for name in names:  # in their old order, which an optimizer's saved state goes by
+        layer._parameters[name] = layer._parameters.pop(name)
 
 
 def standardize_weights_(
@@ -172,8 +187,12 @@ def standardize_weights_(
     for path, layer in found.items():
         if path not in chosen:
             skipped[path] = "left out by `layers`"
-        elif isinstance(layer, _Standardized) or _is_standardized(layer):
+            continue
+        require_own_weight(layer, path)
+        if isinstance(layer, _Standardized) or _is_standardized(layer):
             skipped[path] = "it is standardized already"
+        elif isinstance(layer._parameters.get("weight"), nn.UninitializedParameter):
+            skipped[path] = "it has not seen its first batch, and has no weights yet"
         elif layer.weight[0].numel() < 2:
             skipped[path] = "its filters have a single weight"
         else:
