@@ -126,7 +126,8 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, *parameters = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a further derivative is to follow
+        batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # by is_grads_batched=True
+        if torch.is_grad_enabled() or batched:  # the former where a further derivative follows
             return _plain_gradients(ctx, dy, x, parameters)
         mean, positions = ctx.moments.mean, max(1, ctx.moments.positions)
         given = {"scale": ctx.scale, "offset": ctx.offset, "relu": ctx.relu}
@@ -187,10 +188,14 @@ def _plain_gradients(ctx: Any, dy: Tensor, x: Tensor, parameters: Sequence[Tenso
 
 def _plain_moments(x: Tensor) -> Moments:
     wide = x.to(passes.statistics_dtype(x))
-    if x.dim() == 2:
+    positions, spatial = x.shape[2:].numel(), tuple(range(2, x.dim()))
+    if not spatial:
         return Moments(wide, torch.zeros_like(wide), 1)
-    var, mean = torch.var_mean(wide, tuple(range(2, x.dim())), correction=0)
-    return Moments(*barrier(mean, var), x.shape[2:].numel())
+    if positions == 0 or x.shape[0] == 0:
+        nothing = wide.sum(spatial)
+        return Moments(nothing, nothing.clone(), positions)
+    var, mean = torch.var_mean(wide, spatial, correction=0)
+    return Moments(*barrier(mean, var), positions)
 
 
 def _plain(

@@ -14,15 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evenkeel.moments import native
+
 TILE = 2**21
 """Elements of a tile: a few MB, which stay in the cache."""
 HEAD = 8
 """One part in so many of the positions is looked at for a first guess of the mean."""
 LARGE = 2**16
 """Elements of a channels-last sample from which on torch's own reductions are worth a call each."""
-
-TOLERANCE = 1e-7
-"""Squared error of a mean, in variances, beyond which a reduction is done again."""
 
 _kept = threading.local()
 
@@ -53,7 +52,7 @@ def sample_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     rows = _rows(readable(x))
     if kernels := _kernels(x):
         mean, var = kernels.sample_moments(rows, dtype)
-    elif _is_large(rows, dtype) and (found := _large_moments(rows)) is not None:
+    elif _is_large(rows, dtype) and (found := native.large_moments(rows)) is not None:
         mean, var = found
     else:
         mean, var = _tiled_moments(rows, dtype)
@@ -90,7 +89,7 @@ def affine(x: Tensor, scale: Tensor, offset: Tensor, *, relu: bool = False) -> T
     rows = _rows(x)
     scale, offset = _per_row(scale, rows), _per_row(offset, rows)
     if _has_native(rows):
-        z = _native_affine(rows, scale, offset)
+        z = native.affine(rows, scale, offset)
         return _shaped(z.relu_() if relu else z, x)
     y = torch.empty_like(x)
     out = _rows(y)
@@ -130,9 +129,9 @@ def paired_sums(
         given = about, _per_row(scale, rows), _per_row(offset, rows)
         total, product = kernels.paired_sums(gradient, rows, *given, relu=relu)
     elif _has_native(rows) and not relu:
-        total, product = _native_sums(gradient, rows, about)
+        total, product = native.sums(gradient, rows, about)
     elif _is_large(rows, mean.dtype) and not relu:
-        total, product = _large_sums(gradient, rows, about)
+        total, product = native.large_sums(gradient, rows, about)
     else:
         total, product = torch.zeros_like(about), torch.zeros_like(about)
         scale, offset = _per_row(scale, rows), _per_row(offset, rows)
@@ -176,7 +175,7 @@ def combine(
     gradient = _rows_as(dy, rows)
     scale, offset, slope, shift = (_per_row(k, rows) for k in (scale, offset, slope, shift))
     if _has_native(rows) and rows.dtype == scale.dtype and not relu:
-        return _shaped(_native_affine(rows, slope, shift).addcmul_(gradient, scale), x)
+        return _shaped(native.affine(rows, slope, shift).addcmul_(gradient, scale), x)
     dx = torch.empty_like(x)
     out = _rows(dx)
     if kernels := _kernels(x):
@@ -283,53 +282,6 @@ def _has_native(rows: Tensor) -> bool:
     return rows.device.type == "cpu" and rows.shape[2] == 1
 
 
-def _native_affine(rows: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    scale, offset = scale.view(-1), offset.view(-1)
-    kept = torch.zeros_like(scale), torch.ones_like(scale)  # mean and variance, in eval mode
-    batch = rows.view(1, -1, rows.shape[1])
-    return torch.native_batch_norm(batch, scale, offset, *kept, False, 0.0, 0.0)[0].view(rows.shape)
-
-
-def _native_sums(dy: Tensor, rows: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    one = torch.ones_like(mean.view(-1))
-    batch = (1, -1, rows.shape[1])
-    return _reduced(dy.view(batch).to(rows.dtype), rows.view(batch), mean.view(-1), one)
-
-
-def _reduced(dy: Tensor, x: Tensor, mean: Tensor, one: Tensor) -> tuple[Tensor, Tensor]:
-    """Of one sample of many channels, by the kernel that gives bias and weight their gradients."""
-    only = [False, True, True]
-    _, product, total = torch.ops.aten.native_batch_norm_backward(
-        dy, x, one, None, None, mean, one, True, 0.0, only
-    )
-    return total, product
-
-
 def _is_large(rows: Tensor, dtype: torch.dtype) -> bool:
     on_cpu = rows.device.type == "cpu"
     return on_cpu and rows.shape[2] > 1 and rows[0].numel() >= LARGE and rows.dtype == dtype
-
-
-def _large_moments(rows: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Of channels-last rows, by batch norm's own reduction, one sample a call.
-
-    Its sums lose digits where the mean is large, which ``torch.mean`` does not: where the two
-    differ, there is nothing to be had from it.
-    """
-    mean = rows.mean(1)  # (N, C)
-    found = [torch.batch_norm_update_stats(t, None, None, 0.0) for t in _as_images(rows)]
-    means, variances = (torch.stack(each) for each in zip(*found, strict=True))
-    if bool(((means - mean).square_() > TOLERANCE * variances).any()):
-        return None
-    return mean, variances
-
-
-def _large_sums(dy: Tensor, rows: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    one = torch.ones_like(mean[0, 0])
-    samples = zip(_as_images(dy), _as_images(rows), mean[:, 0], strict=True)
-    totals, products = zip(*(_reduced(g, t, m, one) for g, t, m in samples), strict=True)
-    return torch.stack(totals), torch.stack(products)
-
-
-def _as_images(rows: Tensor) -> Iterator[Tensor]:
-    return (t.t()[None, :, :, None] for t in rows)  # (1, C, P, 1), channels last

@@ -8,7 +8,7 @@ from evenkeel.errors import ConfigError
 
 
 def gathered(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Every process's mean and variance, (W, C) each, and the share (W, 1) of its count in all.
+    """Every process's mean and variance, (W, C) each, and its count, (W, 1).
 
     Args:
         mean: (C,) of this process; anything where it has no elements.
@@ -26,7 +26,7 @@ def gathered(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, Ten
     every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(every, own)
     means, variances, counts = torch.stack(every).split([len(mean), len(mean), 1], dim=1)
-    return means, variances, counts / counts.sum()
+    return means, variances, counts
 
 
 def summed(*terms: Tensor) -> tuple[Tensor, ...]:

@@ -1,5 +1,6 @@
 """Batch-channel normalization: what batches know, for networks that must train on one or two."""
 
+from collections import deque
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,8 @@ from evenkeel.norm.programs import BatchChannel
 from evenkeel.norm.running import follow_, is_recomputation, observe
 
 STATISTICS = ("batch", "running")
+RECENT = 16
+"""Batches whose statistics are kept for recomputation."""
 
 
 class BatchChannelNorm(_NormBase):
@@ -60,7 +63,9 @@ class BatchChannelNorm(_NormBase):
         ``weight``, ``bias`` are $\gamma_c, \beta_c$; with ``running_mean``, ``running_var``,
         ``num_batches_tracked`` named as batch norm's, whose checkpoints load. ``group_weight``,
         ``group_bias`` are $\gamma_g, \beta_g$. A channel whose batch is not finite leaves its
-        running statistics alone. Recomputation under activation checkpointing updates nothing.
+        running statistics alone. Recomputation under activation checkpointing updates nothing, in
+        eager mode; compiled, a checkpointed layer is updated twice, as torch's batch norm is, and
+        for "running" its gradients are those of the later statistics: do not combine the two.
 
     Numerics:
         Statistics in float32 (float64 for float64), exact also where the mean is large.
@@ -131,7 +136,8 @@ class BatchChannelNorm(_NormBase):
         size = num_groups if affine == "group" else num_features
         self.group_weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
         self.group_bias = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
-        self._last: dict[str, Any] | None = None  # what the last batch was normalized by
+        # Sample means of recent batches and what they were normalized by, for their recomputation.
+        self._recent: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=RECENT)
 
     def reset_parameters(self) -> None:
         """As in torch; group weights to 1 and biases to 0."""
@@ -148,8 +154,9 @@ class BatchChannelNorm(_NormBase):
         """As ``forward``, with a ReLU in the same write where asked for."""
         self._check_input_dim(x)
         size = self.normalization_batch
-        if self.training and size is not None and len(x) > size and len(x) % size:
-            whole = len(x) // size * size  # what is left over is a part of its own
+        if self.training and size is not None and x.shape[0] > size and x.shape[0] % size:
+            whole = x.shape[0] // size * size  # what is left over is a part of its own
+            self._require_values(x.shape[0] - whole, x.shape[2:].numel())
             return torch.cat([self.normalized(part, relu=relu) for part in x.tensor_split([whole])])
         moments = measure(x)
         program = BatchChannel(self.num_groups, self.eps, **self._statistics(moments))
@@ -162,21 +169,16 @@ class BatchChannelNorm(_NormBase):
         samples = moments.mean.shape[0]
         empty = samples * moments.positions == 0
         if not self.training or (empty and not self.synchronize):
-            mean, var = (t.to(moments.mean.dtype) for t in self._running())
-            return {"mean": mean.view(1, 1, -1), "var": var.view(1, 1, -1)}
+            return self._constants(moments)
         parts = max(1, samples // (self.normalization_batch or max(1, samples)))
         if self.statistics == "running":
             return self._estimates(moments, parts)
-        if samples // parts * moments.positions == 1 and not self.synchronize:
-            raise ShapeError(
-                f"{type(self).__name__} with statistics='batch' needs more than one value per "
-                f"channel to train on; got {samples} samples of {moments.positions} positions"
-                f"{'' if parts == 1 else f' in {parts} parts'}. Use statistics='running'."
-            )
+        self._require_values(samples // parts, moments.positions)
         seen = observe(moments, parts=parts, synchronize=self.synchronize)
         if not is_recomputation():
             self.num_batches_tracked.add_(1)
-            rate = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+            tracked = self.num_batches_tracked.to(seen.mean.dtype)
+            rate = tracked.reciprocal() if self.momentum is None else self.momentum
             mean, var = (t.mean(0).view(-1) for t in (seen.mean, seen.var * seen.bessel))
             follow_(self._running(), (mean, var), rate)
         return {
@@ -187,26 +189,52 @@ class BatchChannelNorm(_NormBase):
             "synchronized": self.synchronize,
         }
 
-    def _running(self) -> tuple[Tensor, Tensor]:
-        return self.running_mean, self.running_var
+    def _require_values(self, samples: int, positions: int) -> None:
+        if samples * positions == 1 and self.statistics == "batch" and not self.synchronize:
+            raise ShapeError(
+                f"{type(self).__name__} with statistics='batch' needs more than one value per "
+                f"channel to train on; got one sample of one position"
+                f"{'' if self.normalization_batch is None else ' as a part of the batch'}. Use "
+                f"statistics='running'."
+            )
 
     def _estimates(self, moments: Moments, parts: int) -> dict[str, Any]:
         """Correct the running statistics by each part in turn; what each is normalized by."""
-        if is_recomputation() and self._last is not None:
-            return self._last
+        if is_recomputation():
+            return self._as_before(moments, parts)
         used = []
-        pairs = zip(moments.mean.chunk(parts), moments.var.chunk(parts), strict=True)
-        for own in (Moments(*pair, moments.positions) for pair in pairs):
+        means, variances = (m.view(parts, -1, m.shape[1]).unbind() for m in moments[:2])
+        for pair in zip(means, variances, strict=True):
+            own = Moments(*pair, moments.positions)
             center = self.running_mean.to(own.mean.dtype)
             seen = observe(own, center=center, synchronize=self.synchronize)
             follow_(self._running(), (seen.mean.view(-1), seen.var.view(-1)), self.update_rate)
             used.append([t.to(own.mean.dtype, copy=True) for t in self._running()])
         self.num_batches_tracked.add_(1)
         mean, var = barrier(*(torch.stack(of)[:, None] for of in zip(*used, strict=True)))
-        used_here = {"mean": mean, "var": var}
         if not torch.compiler.is_compiling():  # a compiled graph recomputes by itself
-            self._last = used_here
-        return used_here
+            self._recent.append((moments.mean, mean, var))
+        return {"mean": mean, "var": var}
+
+    def _as_before(self, moments: Moments, parts: int) -> dict[str, Any]:
+        """What a batch that is recomputed was normalized by: the recent one that is most like."""
+        fitting = [
+            (float((seen - moments.mean).abs().max()), k)
+            for k, (seen, mean, _) in enumerate(self._recent)
+            if seen.shape == moments.mean.shape and mean.shape[0] == parts
+        ]
+        if not fitting:
+            return self._constants(moments)
+        _, mean, var = self._recent[min(fitting)[1]]
+        return {"mean": mean, "var": var}
+
+    def _constants(self, moments: Moments) -> dict[str, Any]:
+        # Copies, as a second derivative may ask for them after they have moved on.
+        mean, var = (t.to(moments.mean.dtype, copy=True) for t in self._running())
+        return {"mean": mean.view(1, 1, -1), "var": var.view(1, 1, -1)}
+
+    def _running(self) -> tuple[Tensor, Tensor]:
+        return self.running_mean, self.running_var
 
     def _check_input_dim(self, x: Tensor) -> None:
         require_channels(x, self.num_features, type(self).__name__)
@@ -230,6 +258,7 @@ class BatchChannelNorm(_NormBase):
         part = self.normalization_batch
         return (
             f"{self.num_features}, {self.num_groups}, statistics={self.statistics!r}{rate}"
+            + (", affine='channel'" if len(self.group_weight) > self.num_groups else "")
             + (f", normalization_batch={part}" if part is not None else "")
             + (", synchronize=True" if self.synchronize else "")
         )

@@ -62,6 +62,7 @@ def batch_channel_norm(
         raise ConfigError("batch_channel_norm needs both mean and var as constants, or neither.")
     require_groups(len(weight), num_groups)
     require_channels(x, len(weight), "batch_channel_norm")
+    require_sizes(num_groups, weight, bias, group_weight, group_bias)
     moments = measure(x)
     if mean is None or var is None:
         seen = observe(moments)
@@ -80,6 +81,18 @@ def require_groups(channels: int, groups: int) -> None:
         raise ConfigError(
             f"num_groups must divide the number of channels; {groups} does not divide {channels}. "
             f"The nearest that does is num_groups={near}."
+        )
+
+
+def require_sizes(groups: int, *affine: Tensor) -> None:
+    """Refuse affine parameters of other sizes than C, C, and G or C twice."""
+    shapes = [tuple(t.shape) for t in affine]
+    channels = len(affine[0])
+    if shapes not in ([(channels,)] * 2 + [(groups,)] * 2, [(channels,)] * 4):
+        raise ShapeError(
+            f"Batch-channel normalization needs weight and bias of shape ({channels},), and "
+            f"group_weight and group_bias both of shape ({groups},) or both of ({channels},); got "
+            f"{shapes}."
         )
 
 

@@ -30,29 +30,28 @@ class Observed:
 def observe(
     moments: Moments, *, parts: int = 1, center: Tensor | None = None, synchronize: bool = False
 ) -> Observed:
-    """The statistics of a batch that has samples, or of the batches of all processes together."""
+    """The statistics of a batch, or of the batches of all processes together."""
     samples = moments.mean.shape[0] // parts
     count = samples * moments.positions
     if not synchronize:
         mean, var = batch_statistics(moments, parts, center)
-        return Observed(mean, var, 1 / samples, count / max(count - 1, 1))
+        return Observed(mean, var, 1 / max(samples, 1), count / max(count - 1, 1))
     mean, var = (t.view(-1) for t in batch_statistics(moments))
-    means, variances, shares = processes.gathered(mean, var, count)
-    mean = (shares * means).sum(0)
+    means, variances, counts = processes.gathered(mean, var, count)
+    total = counts.sum()
+    mean = (counts * means).sum(0) / total
     about = mean if center is None else center
-    var = (shares * (variances + (means - about).square())).sum(0)
-    own = shares[torch.distributed.get_rank()]
-    total = count / own
-    return Observed(
-        mean.view(1, 1, -1), var.view(1, 1, -1), own / max(samples, 1), total / (total - 1)
-    )
+    var = (counts * (variances + (means - about).square())).sum(0) / total
+    bessel = total / (total - 1).clamp_min(1)
+    return Observed(mean.view(1, 1, -1), var.view(1, 1, -1), moments.positions / total, bessel)
 
 
 def follow_(
     running: tuple[Tensor, Tensor], now: tuple[Tensor, Tensor], rate: float | Tensor
 ) -> None:
     """Move running mean and variance toward those of now, where these are finite."""
-    finite = now[1].isfinite()  # a value that is not finite leaves no finite variance
+    # A value that is not finite leaves no finite variance, nor does one too large for the buffer.
+    finite = now[1].to(running[1].dtype).isfinite()
     for kept, seen in zip(running, now, strict=True):
         kept.lerp_(torch.where(finite, seen.to(kept.dtype), kept), rate)
 
