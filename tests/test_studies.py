@@ -22,6 +22,7 @@ from evenkeel.cli import main
 from evenkeel.errors import ConfigError
 from evenkeel.layers import weight_layer
 from evenkeel.studies import SCALES, STUDIES, Desk, Part, Study, frame, run
+from evenkeel.studies.batch_channel import training
 from evenkeel.studies.frame import as_lines, cells_of
 from evenkeel.studies.noise_aware import harden, study
 from evenkeel.studies.noise_aware.harden import CLIP, InjectedNoise, hardened_network
@@ -654,3 +655,82 @@ def test_a_file_of_a_part_that_was_damaged_is_made_again(bench, desk, tmp_path):
     path.write_text(path.read_text()[:100])
     go(bench, desk, tmp_path)
     assert bench.worked == ["a", "b", "c", "b"]
+
+
+# ---- batch_channel
+
+
+def run_of(desk, **changed):
+    options = {
+        "data": "digits",
+        "root": None,
+        "cache": desk.cache,
+        "architecture": "resnet8_digits",
+        "norm": "batch_channel",
+        "weight_standard": False,
+        "normalization_batch": None,
+        "seed": 0,
+        "epochs": 2,
+        "samples": 256,
+        "batch_size": 64,
+        "learning_rate": 0.1,
+        "watched": True,
+    }
+    return training.trained(**(options | changed))
+
+
+def test_a_training_run_tells_errors_and_dead_units(desk):
+    run_ = run_of(desk)
+    first, last = run_["epochs"]
+    assert (first["epoch"], last["epoch"]) == (1, 2)
+    assert 0 <= last["error"] <= 100
+    assert {row["kind"] for row in last["layers"]} == {"BatchChannelNorm2d", "relu"}
+    assert "layers" not in run_of(desk, watched=False, epochs=1)["epochs"][0]
+
+
+def test_a_killed_training_run_ends_as_one_that_was_not(desk, tmp_path, monkeypatch):
+    whole = run_of(desk, epochs=3, watched=False)
+    (tmp_path / "other").mkdir()
+    later = training.error
+
+    def dies(network, batches):
+        if list((tmp_path / "other").glob("*.checkpoint")):
+            raise Interrupted
+        return later(network, batches)
+
+    monkeypatch.setattr(training, "error", dies)
+    with pytest.raises(Interrupted):
+        run_of(desk, epochs=3, watched=False, cache=tmp_path / "other")
+    monkeypatch.setattr(training, "error", later)
+    again = run_of(desk, epochs=3, watched=False, cache=tmp_path / "other")
+    told = [[(e["epoch"], e["loss"], e["error"]) for e in r["epochs"]] for r in (whole, again)]
+    assert told[0] == told[1]
+
+
+def test_displaced_norms_are_displaced():
+    network = models.build("resnet8_digits").train()
+    training.displace_(network, 2.0, 0.5, seed=1)
+    x = 5 + 3 * torch.randn(200, 1, 8, 8)
+    found = ek.norm.singularity(network, [x]).rows  # eval mode: running statistics are new
+    assert all(row.kind in ("Displaced", "relu", "BatchNorm2d") for row in found)
+    layer = network.stem[1]
+    y = layer.train()(torch.randn(256, 16, 4, 4) * 3 + 1).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(y.mean(1), layer.shift.flatten(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(y.std(1), layer.scale.flatten(), atol=1e-2, rtol=1e-3)
+    assert float(layer.shift.std()) > 1
+
+
+def test_the_toy_of_the_batch_channel_study(desk, tmp_path):
+    paths = run(
+        names.import_from(STUDIES["batch_channel"]),
+        "smoke",
+        desk,
+        tmp_path / "out",
+        command="",
+        only=["toy"],
+    )
+    figures = json.loads(paths[0].read_text())["figures"]
+    assert figures["GN"]["dead"] > 0.05
+    assert figures["BCN"]["dead"] == figures["BCN running"]["dead"] == figures["BN"]["dead"] == 0
+    assert figures["BCN"]["mean"] < 0.01 < 0.3 < figures["GN"]["mean"]
+    assert "| GN |" in paths[-1].read_text()

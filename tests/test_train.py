@@ -46,10 +46,18 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(xy, tmp_path, step):
 
     with pytest.raises(KillError):
         fit(small, *xy, **options, checkpoint=tmp_path / "c", on_step=kill)
-    epochs = []
-    resumed = fit(small, *xy, **options, checkpoint=tmp_path / "c", on_epoch=epochs.append)
+    epochs, steps = [], []
+    resumed = fit(
+        small,
+        *xy,
+        **options,
+        checkpoint=tmp_path / "c",
+        on_step=lambda done, total: steps.append(done),
+        on_epoch=epochs.append,
+    )
     assert same(resumed, undisturbed)
-    assert [e["epoch"] for e in epochs] == list(range(1 + (step - 1) // 5, 4))  # 5 steps an epoch
+    assert [e["epoch"] for e in epochs] == [1, 2, 3]  # those behind it are told of again
+    assert steps[0] == 1 + (step - 1) // 5 * 5  # 5 steps an epoch
 
 
 def test_the_checkpoint_of_another_run_is_refused(xy, tmp_path):

@@ -85,8 +85,7 @@ def train(
     fabric = _fabric(chosen.precision)
     console = Console(quiet=fabric.global_rank > 0)
     log_path, checkpoint = out.with_suffix(".json"), out.with_suffix(".checkpoint")
-    going_on = checkpoint.exists() and log_path.exists()
-    log = json.loads(log_path.read_text())["epochs"] if going_on else []
+    log: list[dict[str, Any]] = []
     facts: dict[str, Any] = {
         "command": shlex.join(["evenkeel", *sys.argv[1:]]),
         "recipe": dataclasses.asdict(chosen),

@@ -47,7 +47,8 @@ def fit(
         checkpoint: file to go on from, written after every epoch. A run that was killed ends as one
             that was not.
         on_step: called with steps done and steps in all.
-        on_epoch: called with an epoch's number, mean loss, seconds, and what ``watch`` has found.
+        on_epoch: called with an epoch's number, mean loss, seconds, and what ``watch`` has found;
+            where a run goes on, also for the epochs behind it.
         watch: looks at the network, in eval mode, after each epoch.
 
     Returns:
@@ -72,12 +73,14 @@ def fit(
             optimizer, learning_rate, total_steps=epochs * steps
         )
         parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
-        first = _go_on(parts, checkpoint, identity)
+        history = _go_on(parts, checkpoint, identity)
+        for facts in history:
+            on_epoch(facts)
         network: Any = model
         stepper: Any = optimizer
         if fabric is not None:
             network, stepper = fabric.setup(model, optimizer)
-        for epoch in range(first, epochs):
+        for epoch in range(len(history), epochs):
             started, total_loss = time.perf_counter(), 0.0
             order = torch.randperm(len(x))
             for step in range(steps):
@@ -92,21 +95,25 @@ def fit(
                 schedule.step()
                 total_loss += float(loss.detach())
                 on_step(epoch * steps + step + 1, epochs * steps)
-            if checkpoint is not None and rank == 0:
-                state = {name: part.state_dict() for name, part in parts.items()}
-                checkpoints.store(checkpoint, identity, {"epoch": epoch + 1, **state})
             seconds = time.perf_counter() - started
             facts = {"epoch": epoch + 1, "loss": total_loss / steps, "seconds": seconds}
-            on_epoch(facts | watch(model.eval()))
+            history.append(facts | watch(model.eval()))
             model.train()
+            if checkpoint is not None and rank == 0:
+                state = {name: part.state_dict() for name, part in parts.items()}
+                checkpoints.store(checkpoint, identity, {"history": history, **state})
+            on_epoch(history[-1])
     return model.eval()
 
 
-def _go_on(parts: dict[str, Any], checkpoint: Path | None, identity: dict[str, Any]) -> int:
-    """Load a checkpoint into the parts, if there is one; the epoch to start with."""
+def _go_on(
+    parts: dict[str, Any], checkpoint: Path | None, identity: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Load a checkpoint into the parts, if there is one; the facts of the epochs behind it."""
     state = checkpoints.restore(checkpoint, identity) if checkpoint is not None else None
     if state is None:
-        return 0
+        return []
     for name, part in parts.items():
         part.load_state_dict(state[name])
-    return int(state["epoch"])
+    history: list[dict[str, Any]] = state["history"]
+    return history

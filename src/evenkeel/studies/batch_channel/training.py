@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from evenkeel.batches import first
 from evenkeel.data.dataset import fingerprint
 from evenkeel.draws import Draws
-from evenkeel.files import write_atomically
 from evenkeel.models import build
 from evenkeel.norm import singularity
 from evenkeel.studies.frame import load_data, load_training_data
@@ -42,9 +41,7 @@ def trained(
     log scales that every batch norm's output gets before its affine parameters.
     """
     settings = {k: v for k, v in locals().items() if k not in ("root", "cache")}
-    name = fingerprint([json.dumps(settings)])
-    log = cache / f"{name}.json"
-    known: list[dict[str, Any]] = json.loads(log.read_text()) if log.exists() else []
+    known: list[dict[str, Any]] = []
     x, y = load_training_data(data, root)
     samples_ = load_data(data, root)
 
@@ -66,27 +63,22 @@ def trained(
             facts |= {"dead": found["dead"], "layers": found["rows"]}
         return facts
 
-    def note(epoch: dict[str, Any]) -> None:
-        known.append(epoch)
-        write_atomically(log, json.dumps(known).encode())
-
-    checkpoint = cache / f"{name}.checkpoint"
-    if len(known) < epochs:
-        fit(
-            make,
-            x[:samples],
-            y[:samples],
-            epochs=epochs,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            augment=crop_and_flip if x.shape[1] == 3 else lambda x: x,
-            seed=seed,
-            checkpoint=checkpoint,
-            on_epoch=note,
-            watch=watch,
-        )
-        checkpoint.unlink(missing_ok=True)
-    return settings | {"epochs": known[-epochs:]}
+    checkpoint = cache / f"{fingerprint([json.dumps(settings)])}.checkpoint"
+    fit(
+        make,
+        x[:samples],
+        y[:samples],
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        augment=crop_and_flip if x.shape[1] == 3 else lambda x: x,
+        seed=seed,
+        checkpoint=checkpoint,
+        on_epoch=known.append,
+        watch=watch,
+    )
+    checkpoint.unlink(missing_ok=True)
+    return settings | {"epochs": known}
 
 
 @torch.no_grad()

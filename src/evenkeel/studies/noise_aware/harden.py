@@ -1,7 +1,5 @@
 """Hardening by noise injection: the noise-specific method that calibration is compared with."""
 
-import json
-import time
 from pathlib import Path
 
 import torch
@@ -53,14 +51,7 @@ def hardened_network(desk: Desk, plain: Path, on: str, epochs: int) -> tuple[Pat
     path = desk.cache / f"{name}.safetensors"
     if not path.exists():
         x, y = desk.training_data()
-        log = desk.cache / f"{name}.json"
-        seconds: list[float] = json.loads(log.read_text()) if log.exists() else []
-
-        def note(epoch: dict[str, float]) -> None:
-            seconds.append(epoch["seconds"])
-            log.write_text(json.dumps(seconds))
-
-        started = time.perf_counter()
+        seconds: list[float] = []
         network = fit(
             lambda: _noisy(plain, resolve("devices", on).level),
             x,
@@ -71,14 +62,13 @@ def hardened_network(desk: Desk, plain: Path, on: str, epochs: int) -> tuple[Pat
             augment=crop_and_flip if x.shape[1] == 3 else lambda x: x,
             checkpoint=desk.cache / f"{name}.checkpoint",
             on_step=lambda done, total: desk.progress("hardening", done, total),
-            on_epoch=note,
+            on_epoch=lambda epoch: seconds.append(epoch["seconds"]),
         )
         for module in network.modules():
             if parametrize.is_parametrized(module, "weight"):
                 parametrize.remove_parametrizations(module, "weight")
         network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        minutes = max(sum(seconds), time.perf_counter() - started) / 60
-        save(network, path, minutes=minutes, on=on)
+        save(network, path, minutes=sum(seconds) / 60, on=on)
     return path, float(describe(path)["about"]["minutes"])
 
 
