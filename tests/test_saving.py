@@ -382,3 +382,48 @@ def test_what_was_put_into_a_network_is_there_again(tmp_path, own_code):
     chip = ek.analog.program(network, ek.analog.PCM(), seed=0).age_(3600)
     ek.save(chip, tmp_path / "chip.safetensors")
     assert torch.equal(ek.load(tmp_path / "chip.safetensors").rewind_()(x), chip.rewind_()(x))
+
+
+# ---- normalizers and weights that evenkeel has put into a network
+
+
+def changes():
+    return {
+        "batch_channel": lambda net: ek.norm.convert_(
+            net, lambda c: ek.norm.BatchChannelNorm2d(c, 8, affine="channel")
+        ),
+        "running": lambda net: ek.norm.convert_(
+            net, lambda c: ek.norm.BatchChannelNorm2d(c, 4, statistics="running", update_rate=0.3)
+        ),
+        "ghost": lambda net: ek.norm.convert_(
+            net, lambda c: ek.norm.GhostBatchNorm2d(c, normalization_batch=4)
+        ),
+        "standardized": ek.norm.standardize_weights_,
+    }
+
+
+@pytest.mark.parametrize("how", list(changes()))
+def test_what_was_put_into_a_network_is_saved_with_it(network, data, tmp_path, how):
+    changes()[how](network)
+    with torch.no_grad():
+        network.train()(data.train[0][:32])
+    network.eval()
+    ek.save(network, tmp_path / "net.safetensors")
+    again = ek.load(tmp_path / "net.safetensors")
+    x = data.test[0][0][:50]
+    assert torch.equal(again(x), network(x))
+    again.train(), network.train()
+    assert torch.equal(again(x), network(x))
+    assert [repr(m) for m in again.modules()] == [repr(m) for m in network.modules()]
+
+
+@pytest.mark.parametrize("how", list(changes()))
+def test_a_network_that_the_file_does_not_fit_is_left_as_it_was(network, tmp_path, how):
+    changes()[how](network)
+    ek.save(network, tmp_path / "net.safetensors")
+    other = models.build("resnet8_digits", num_classes=7)
+    before = repr(other), {k: v.clone() for k, v in other.state_dict().items()}
+    with pytest.raises(ConfigError, match="do not fit"):
+        ek.load(tmp_path / "net.safetensors", model=other)
+    assert repr(other) == before[0]
+    assert all(torch.equal(v, before[1][k]) for k, v in other.state_dict().items())

@@ -175,13 +175,18 @@ def load_tensors(
         model.load_state_dict(tensors, strict=False)
 
 
-_NOISE_AWARE = {
+_NORMALIZERS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (
         norm.NoiseAwareBatchNorm,
         norm.NoiseAwareBatchNorm1d,
         norm.NoiseAwareBatchNorm2d,
         norm.NoiseAwareBatchNorm3d,
+        norm.BatchChannelNorm,
+        norm.BatchChannelNorm1d,
+        norm.BatchChannelNorm2d,
+        norm.BatchChannelNorm3d,
+        norm.GhostBatchNorm2d,
     )
 }
 
@@ -190,42 +195,42 @@ def _additions(network: nn.Module) -> dict[str, dict[str, Any]]:
     """What evenkeel has put into a network, by path, as far as a file must tell of it."""
     return {
         "matched": matched_paths(network),
-        "noise_aware": {
-            path: {
-                "type": type(m).__name__,
-                "window": m.window,
-                "update_rate": m.update_rate,
-                "patience": m.patience,
-            }
+        "normalizers": {
+            path: {"type": type(m).__name__, **m.options()}
             for path, m in network.named_modules()
-            if isinstance(m, norm.NoiseAwareBatchNorm)
+            if type(m).__name__ in _NORMALIZERS and type(m) is _NORMALIZERS[type(m).__name__]
         },
+        "standardized": dict.fromkeys(norm.weight_standard.standardized_paths(network), True),
     }
 
 
 def _add(network: nn.Module, description: dict[str, Any], file: str | Path) -> Callable[[], None]:
     """Put into a network what a file's description tells of and it lacks; returns the way back."""
-    there = _additions(network)
-    matched = {p: n for p, n in description.get("matched", {}).items() if p not in there["matched"]}
-    aware = description.get("noise_aware", {})
-    aware = {path: settings for path, settings in aware.items() if path not in there["noise_aware"]}
+    matched, normalizers, standardized = (
+        {path: how for path, how in description.get(kind, {}).items() if path not in there}
+        for kind, there in _additions(network).items()
+    )
     modules = dict(network.named_modules())
-    wrong = [p for p in matched if p not in modules or weight_layer(modules[p]) is None]
-    wrong += [p for p in aware if norm.convert.why_not(modules.get(p, network)) is not None]
+    layers = [*matched, *standardized]
+    wrong = [p for p in layers if p not in modules or weight_layer(modules[p]) is None]
+    wrong += [p for p in normalizers if not norm.convert.is_normalizer(modules.get(p, network))]
     if wrong:
         raise ConfigError(
             f"The weights in {file} do not fit {type(network).__name__}: '{wrong[0]}' is not the "
             f"layer there that the file tells of. Check that it belongs to this architecture."
         )
+    taken_off = [norm.standardize_weights_(network, standardized).undo] if standardized else []
     put_behind_empty(network, matched)
-    for path, settings in aware.items():
+    for path, settings in normalizers.items():
         options = dict(settings)
-        make = functools.partial(_NOISE_AWARE[options.pop("type")], **options)
+        make = functools.partial(_NORMALIZERS[options.pop("type")], **options)
         network.set_submodule(path, norm.convert.in_place_of(modules[path], make))
 
     def undo() -> None:
-        for path in (*matched, *aware):
+        for path in (*matched, *normalizers):
             network.set_submodule(path, modules[path])
+        for take_off in taken_off:
+            take_off()
 
     return undo
 

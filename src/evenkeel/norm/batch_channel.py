@@ -252,6 +252,17 @@ class BatchChannelNorm(_NormBase):
                 state.setdefault(prefix + name, getattr(self, name).detach())
         super()._load_from_state_dict(state, prefix, *args)
 
+    def options(self) -> dict[str, Any]:
+        """What it was made with, besides the number of channels."""
+        return {
+            "num_groups": self.num_groups,
+            "statistics": self.statistics,
+            "update_rate": self.update_rate,
+            "normalization_batch": self.normalization_batch,
+            "affine": "channel" if len(self.group_weight) > self.num_groups else "group",
+            "synchronize": self.synchronize,
+        }
+
     def extra_repr(self) -> str:
         """What it was made with."""
         rate = f", update_rate={self.update_rate}" if self.statistics == "running" else ""

@@ -93,6 +93,10 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         mean, var = (t.mean(0).view(-1) for t in (seen.mean, seen.var * seen.bessel))
         follow_((self.running_mean, self.running_var), (mean, var), rate)
 
+    def options(self) -> dict[str, Any]:
+        """What it was made with, besides the number of channels."""
+        return {"normalization_batch": self.normalization_batch}
+
     def extra_repr(self) -> str:
         """What it was made with."""
         return f"{self.num_features}, normalization_batch={self.normalization_batch}"

@@ -183,6 +183,14 @@ class NoiseAwareBatchNorm(nn.modules.batchnorm._BatchNorm):
         for kept in (self.window_sums, self.window_samples, self.window_calls):
             kept.masked_fill_(full, 0)
 
+    def options(self) -> dict[str, Any]:
+        """What it was made with, besides the number of channels."""
+        return {
+            "window": self.window,
+            "update_rate": self.update_rate,
+            "patience": self.patience,
+        }
+
     def forget_window_(self, *, warm: bool) -> None:
         """Drop what was seen since the last update, as the statistics have been set from outside.
 

@@ -208,6 +208,11 @@ def standardize_weights_(
     return Standardization(done, skipped, model)
 
 
+def standardized_paths(model: nn.Module) -> list[str]:
+    """Paths of the layers that :func:`standardize_weights_` has put a parametrization on."""
+    return [path for path, module in model.named_modules() if _is_standardized(module)]
+
+
 def _is_standardized(layer: nn.Module) -> bool:
     if not parametrize.is_parametrized(layer, "weight"):
         return False
