@@ -200,7 +200,7 @@ def _additions(network: nn.Module) -> dict[str, dict[str, Any]]:
             for path, m in network.named_modules()
             if type(m).__name__ in _NORMALIZERS and type(m) is _NORMALIZERS[type(m).__name__]
         },
-        "standardized": dict.fromkeys(norm.weight_standard.standardized_paths(network), True),
+        "standardized": norm.weight_standard.standardized_paths(network),
     }
 
 
@@ -219,12 +219,18 @@ def _add(network: nn.Module, description: dict[str, Any], file: str | Path) -> C
             f"The weights in {file} do not fit {type(network).__name__}: '{wrong[0]}' is not the "
             f"layer there that the file tells of. Check that it belongs to this architecture."
         )
-    taken_off = [norm.standardize_weights_(network, standardized).undo] if standardized else []
+    taken_off = [
+        norm.standardize_weights_(network, [path], eps=eps).undo
+        for path, eps in standardized.items()
+    ]
     put_behind_empty(network, matched)
     for path, settings in normalizers.items():
         options = dict(settings)
         make = functools.partial(_NORMALIZERS[options.pop("type")], **options)
         network.set_submodule(path, norm.convert.in_place_of(modules[path], make))
+        for name in ("eps", "momentum"):  # the old one's have gone over
+            if name in settings:
+                setattr(network.get_submodule(path), name, settings[name])
 
     def undo() -> None:
         for path in (*matched, *normalizers):

@@ -115,6 +115,7 @@ def train(
             seed=chosen.seed,
             fabric=fabric,
             checkpoint=checkpoint,
+            identity=dataclasses.asdict(chosen),
             on_step=lambda done, total: bar.update(job, completed=done, total=total),
             on_epoch=note,
         )

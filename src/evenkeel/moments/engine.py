@@ -48,9 +48,7 @@ class Derived(Protocol):
     def forward(self, moments: Moments, *parameters: Any) -> tuple[Tensor, Tensor, Any]:
         """The same values, and whatever ``backward`` needs of the way to them."""
 
-    def backward(
-        self, moments: Moments, kept: Any, d_scale: Tensor, d_shift: Tensor
-    ) -> Sequence[Tensor | None]:
+    def backward(self, kept: Any, d_scale: Tensor, d_shift: Tensor) -> Sequence[Tensor | None]:
         """Gradients of mean, variance (None for zero) and of every parameter."""
 
 
@@ -132,7 +130,7 @@ class _Normalize(torch.autograd.Function):
         mean, positions = ctx.moments.mean, max(1, ctx.moments.positions)
         given = {"scale": ctx.scale, "offset": ctx.offset, "relu": ctx.relu}
         d_shift, d_scale = passes.paired_sums(dy, x, mean, **given)
-        d_mean, d_var, *gradients = ctx.derived.backward(ctx.moments, ctx.kept, d_scale, d_shift)
+        d_mean, d_var, *gradients = ctx.derived.backward(ctx.kept, d_scale, d_shift)
         dx = None
         if ctx.needs_input_grad[0]:
             # y = scale * (x - mean) + shift: the mean is also what x is taken about.
@@ -161,9 +159,7 @@ class _Traced:
             decided = self.program(Moments(mean, var, moments.positions), *given)
         return decided[0].detach(), decided[1].detach(), (leaves, decided)
 
-    def backward(
-        self, moments: Moments, kept: Any, d_scale: Tensor, d_shift: Tensor
-    ) -> Sequence[Tensor | None]:
+    def backward(self, kept: Any, d_scale: Tensor, d_shift: Tensor) -> Sequence[Tensor | None]:
         leaves, decided = kept
         pairs = zip(decided, (d_scale, d_shift), strict=True)
         seeded = [(t, d) for t, d in pairs if t.requires_grad]

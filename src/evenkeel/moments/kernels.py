@@ -9,10 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-POSITIONS, CHANNELS = 1024, 64
-"""Largest tile: of contiguous rows a thousand positions, of others 64 channels by 32 positions."""
 PROGRAMS = 1024
 """About so many programs keep a GPU busy."""
+TILES = 8
+"""Tiles of a range, at most: its first one tells a mean to take the others about."""
+RANGES = 65535
+"""CUDA's limit to the third axis of a grid."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -20,7 +22,7 @@ def _moments_kernel(x, mean, square, P, D, span, BP: tl.constexpr, BD: tl.conste
     a, s = tl.program_id(0).to(tl.int64), tl.program_id(2)
     d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
     start, stop = s * span, tl.minimum((s + 1) * span, P)
-    p = tl.arange(0, BP)[:, None]
+    p = tl.arange(0, BP)[:, None].to(tl.int64)
     first = start + p
     row = x + a * P * D + d
     t = tl.load(row + first * D, mask=(first < stop) & (d < D), other=0).to(mean.dtype.element_ty)
@@ -54,12 +56,12 @@ def _sums_kernel(  # type: ignore  # noqa: ANN202
     first = tl.zeros([BP, BD], mean.dtype.element_ty)
     second = tl.zeros([BP, BD], mean.dtype.element_ty)
     for q in range(s * span, tl.minimum((s + 1) * span, P), BP):
-        p = q + tl.arange(0, BP)[:, None]
+        p = q + tl.arange(0, BP)[:, None].to(tl.int64)
         inside = (p < tl.minimum((s + 1) * span, P)) & (d < D)
         t = tl.load(x + row + p * D, mask=inside, other=0).to(mean.dtype.element_ty)
         g = tl.load(dy + row + p * D, mask=inside, other=0).to(mean.dtype.element_ty)
         if RELU:
-            g = tl.where(t * k + b > 0, g, 0)
+            g = tl.where(t * k + b <= 0, 0, g)
         first += g
         second += tl.where(inside, g * (t - m), 0)
     out = (s * tl.num_programs(0) + a) * D + d
@@ -69,12 +71,13 @@ def _sums_kernel(  # type: ignore  # noqa: ANN202
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _write_kernel(  # type: ignore  # noqa: ANN202
-    x, dy, scale, offset, slope, shift, y, P, D,  # noqa: ANN001
+    x, dy, scale, offset, slope, shift, y, P, D, tiles,  # noqa: ANN001
     BACKWARD: tl.constexpr, RELU: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    a = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
+    a, q = program // tiles, program % tiles
     d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
-    p = tl.program_id(2) * BP + tl.arange(0, BP)[:, None]
+    p = q * BP + tl.arange(0, BP)[:, None]
     inside, of, at = (p < P) & (d < D), a * D + d, a * P * D + p * D + d
     t = tl.load(x + at, mask=inside, other=0).to(scale.dtype.element_ty)
     k, b = tl.load(scale + of, mask=d < D, other=0), tl.load(offset + of, mask=d < D, other=0)
@@ -82,7 +85,7 @@ def _write_kernel(  # type: ignore  # noqa: ANN202
     if BACKWARD:
         g = tl.load(dy + at, mask=inside, other=0).to(scale.dtype.element_ty)
         if RELU:
-            g = tl.where(z > 0, g, 0)
+            g = tl.where(z <= 0, 0, g)
         z = k * g + tl.load(slope + of, mask=d < D, other=0) * t
         z += tl.load(shift + of, mask=d < D, other=0)
     elif RELU:
@@ -95,7 +98,10 @@ def sample_moments(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     a, p, d = rows.shape
     grid, span, tile = _cut(rows)
     means, squares = (rows.new_empty((grid[2], a, d), dtype=dtype) for _ in range(2))
-    _moments_kernel[grid](rows, means, squares, p, d, span, **tile)
+    with torch.cuda.device_of(rows):
+        _moments_kernel[grid](rows, means, squares, p, d, span, **tile)
+    if grid[2] == 1:
+        return means[0, :, None], (squares[0, :, None] / p).clamp_min_(0)
     counts = torch.full((grid[2], 1, 1), span, dtype=dtype, device=rows.device)
     counts[-1] = p - span * (grid[2] - 1)
     mean = (counts * means).sum(0) / p
@@ -111,7 +117,8 @@ def paired_sums(
     grid, span, tile = _cut(rows)
     totals, products = (mean.new_empty((grid[2], a, d)) for _ in range(2))
     given = (t.contiguous() for t in (mean, scale, offset))
-    _sums_kernel[grid](dy, rows, *given, totals, products, p, d, span, relu, **tile)
+    with torch.cuda.device_of(rows):
+        _sums_kernel[grid](dy, rows, *given, totals, products, p, d, span, relu, **tile)
     return totals.sum(0)[:, None], products.sum(0)[:, None]
 
 
@@ -149,14 +156,17 @@ def _write(
 ) -> None:
     a, p, d = rows.shape
     tile = _tile(p, d)
-    grid = (a, triton.cdiv(d, tile["BD"]), triton.cdiv(p, tile["BP"]))
+    tiles = triton.cdiv(p, tile["BP"])
     given = (t.contiguous() for t in (scale, offset, slope, shift))
-    _write_kernel[grid](rows, dy, *given, out, p, d, backward, relu, **tile)
+    with torch.cuda.device_of(rows):
+        grid = (a * tiles, triton.cdiv(d, tile["BD"]))
+        _write_kernel[grid](rows, dy, *given, out, p, d, tiles, backward, relu, **tile)
 
 
 def _tile(positions: int, channels: int) -> dict[str, int]:
-    bd = min(CHANNELS, triton.next_power_of_2(channels))
-    bp = min(triton.next_power_of_2(positions), max(1, POSITIONS // bd if bd < 2 else 2048 // bd))
+    """Of contiguous rows up to a thousand positions, of others 64 channels by 32 positions."""
+    bd = min(64, triton.next_power_of_2(channels))
+    bp = min(triton.next_power_of_2(positions), 1024 if bd == 1 else 2048 // bd)
     return {"BP": bp, "BD": bd}
 
 
@@ -165,6 +175,8 @@ def _cut(rows: Tensor) -> tuple[tuple[int, int, int], int, dict[str, int]]:
     a, p, d = rows.shape
     tile = _tile(p, d)
     columns = triton.cdiv(d, tile["BD"])
-    ranges = min(max(1, PROGRAMS // (a * columns)), triton.cdiv(p, tile["BP"]))
+    tiles = triton.cdiv(p, tile["BP"])
+    wanted = max(PROGRAMS // (a * columns), triton.cdiv(tiles, TILES))
+    ranges = max(1, min(tiles, wanted, RANGES))
     span = triton.cdiv(triton.cdiv(p, ranges), tile["BP"]) * tile["BP"]
     return (a, columns, triton.cdiv(p, span)), span, tile

@@ -224,12 +224,13 @@ def _tiles(rows: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _scratch(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for a tile, kept by each thread: new memory would cost more than the work done in it."""
-    room: dict[tuple[torch.device, torch.dtype], Tensor] = vars(_kept).setdefault("room", {})
-    key = (like.device, dtype)
-    if key not in room or room[key].numel() < like.numel():
-        room[key] = torch.empty(max(TILE, like.numel()), dtype=dtype, device=like.device)
-    return room[key][: like.numel()].view(like.shape)
+    """Room for a tile. On the CPU each thread keeps it: new memory costs more than the work."""
+    if like.device.type != "cpu":
+        return torch.empty_like(like, dtype=dtype)
+    room: dict[torch.dtype, Tensor] = vars(_kept).setdefault("room", {})
+    if dtype not in room or room[dtype].numel() < like.numel():
+        room[dtype] = torch.empty(max(TILE, like.numel()), dtype=dtype)
+    return room[dtype][: like.numel()].view(like.shape)
 
 
 def _place(out: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ def gathered(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, Ten
             "synchronize=True needs a process group: call torch.distributed.init_process_group "
             "(torchrun and lightning do), or construct the layer without it."
         )
-    own = torch.cat([mean, var, mean.new_tensor([count])])
+    own = torch.cat([mean, var, mean.new_full((1,), count)])
     if count == 0:
         own.zero_()  # the moments of nothing are not numbers
     every = [torch.empty_like(own) for _ in range(dist.get_world_size())]

@@ -1,6 +1,7 @@
 """Batch-channel normalization: what batches know, for networks that must train on one or two."""
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -8,14 +9,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from evenkeel.errors import ConfigError, ShapeError, nearest
+from evenkeel.layers import restore_precision
 from evenkeel.moments import Moments, barrier, measure, normalize
 from evenkeel.norm.functional import require_channels, require_groups
 from evenkeel.norm.programs import BatchChannel
-from evenkeel.norm.running import follow_, is_recomputation, observe
+from evenkeel.norm.running import follow_, is_recomputation, observe, remember_
 
 STATISTICS = ("batch", "running")
 RECENT = 16
 """Batches whose statistics are kept for recomputation."""
+KEPT = ("running_mean", "running_var")
+"""Buffers that are never below float32."""
 
 
 class BatchChannelNorm(_NormBase):
@@ -43,14 +47,15 @@ class BatchChannelNorm(_NormBase):
 
     Args:
         num_features: channels, C.
-        num_groups: groups, a divisor of C.
+        num_groups: groups, a divisor of C, with two channels or more in each.
         statistics: "batch" or "running".
         update_rate: $r$, above 0 and at most 1.
         normalization_batch: split the batch into parts of so many samples, each with statistics of
-            its own, as on as many devices; "running" takes the parts one after the other.
+            its own, as on as many devices; "running" takes the parts one after the other, so that
+            a part is normalized by what those before it have told, too.
         affine: $\gamma_g, \beta_g$ for each "group", as published, or for each "channel".
         synchronize: statistics of the batches of all processes together; in every process the layer
-            must be called as often, with an empty batch if need be.
+            must be called as often, with an empty batch if need be. A compiled graph breaks there.
         eps: added to variances.
         momentum: of the running averages for "batch", as in torch; None for the plain average.
         device: of parameters and buffers.
@@ -63,9 +68,12 @@ class BatchChannelNorm(_NormBase):
         ``weight``, ``bias`` are $\gamma_c, \beta_c$; with ``running_mean``, ``running_var``,
         ``num_batches_tracked`` named as batch norm's, whose checkpoints load. ``group_weight``,
         ``group_bias`` are $\gamma_g, \beta_g$. A channel whose batch is not finite leaves its
-        running statistics alone. Recomputation under activation checkpointing updates nothing, in
-        eager mode; compiled, a checkpointed layer is updated twice, as torch's batch norm is, and
-        for "running" its gradients are those of the later statistics: do not combine the two.
+        running statistics alone. Running statistics are kept in float32 or better. Under
+        ``DistributedDataParallel`` without ``synchronize`` each process has its own, until its
+        ``broadcast_buffers`` (on by default) gives all of them the first one's. Recomputation
+        under activation checkpointing updates nothing, in eager mode; compiled, a checkpointed
+        layer is updated twice, as torch's batch norm is, and for "running" its gradients are those
+        of the later statistics: do not combine the two.
 
     Numerics:
         Statistics in float32 (float64 for float64), exact also where the mean is large.
@@ -128,11 +136,16 @@ class BatchChannelNorm(_NormBase):
         if synchronize and normalization_batch is not None:
             raise ConfigError("Choose one of synchronize=True and normalization_batch=.")
         super().__init__(num_features, eps, momentum, device=device, dtype=dtype)
+        for name in KEPT:
+            wide = torch.promote_types(getattr(self, name).dtype, torch.float32)
+            self._buffers[name] = getattr(self, name).to(wide)
         self.num_groups = num_groups
         self.statistics = statistics
         self.update_rate = update_rate
         self.normalization_batch = normalization_batch
         self.synchronize = synchronize
+        if synchronize:
+            _break_graphs()
         size = num_groups if affine == "group" else num_features
         self.group_weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
         self.group_bias = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
@@ -152,6 +165,8 @@ class BatchChannelNorm(_NormBase):
 
     def normalized(self, x: Tensor, *, relu: bool = False) -> Tensor:
         """As ``forward``, with a ReLU in the same write where asked for."""
+        if self.synchronize and torch.compiler.is_compiling():
+            return _outside_of_the_graph(self, x, relu)
         self._check_input_dim(x)
         size = self.normalization_batch
         if self.training and size is not None and x.shape[0] > size and x.shape[0] % size:
@@ -176,11 +191,7 @@ class BatchChannelNorm(_NormBase):
         self._require_values(samples // parts, moments.positions)
         seen = observe(moments, parts=parts, synchronize=self.synchronize)
         if not is_recomputation():
-            self.num_batches_tracked.add_(1)
-            tracked = self.num_batches_tracked.to(seen.mean.dtype)
-            rate = tracked.reciprocal() if self.momentum is None else self.momentum
-            mean, var = (t.mean(0).view(-1) for t in (seen.mean, seen.var * seen.bessel))
-            follow_(self._running(), (mean, var), rate)
+            remember_(self, seen)
         return {
             "mean": seen.mean,
             "var": seen.var,
@@ -218,14 +229,23 @@ class BatchChannelNorm(_NormBase):
 
     def _as_before(self, moments: Moments, parts: int) -> dict[str, Any]:
         """What a batch that is recomputed was normalized by: the recent one that is most like."""
+        mine = moments.mean
         fitting = [
-            (float((seen - moments.mean).abs().max()), k)
-            for k, (seen, mean, _) in enumerate(self._recent)
-            if seen.shape == moments.mean.shape and mean.shape[0] == parts
+            (seen, mean, var)
+            for seen, mean, var in self._recent
+            if seen.shape == mine.shape and seen.device == mine.device and len(mean) == parts
         ]
         if not fitting:
             return self._constants(moments)
-        _, mean, var = self._recent[min(fitting)[1]]
+        distances = torch.stack([(seen - mine).abs().max() for seen, _, _ in fitting])
+        nearest = int(distances.nan_to_num(torch.inf).argmin())
+        if float(distances[nearest]) > 1e-3 * float(mine.abs().max()):
+            raise ConfigError(
+                f"{type(self).__name__} cannot recompute a batch that was followed by more than "
+                f"{RECENT} others: it no longer knows what that was normalized by. Take gradients "
+                f"sooner, or use statistics='batch'."
+            )
+        _, mean, var = fitting[nearest]
         return {"mean": mean, "var": var}
 
     def _constants(self, moments: Moments) -> dict[str, Any]:
@@ -245,6 +265,23 @@ class BatchChannelNorm(_NormBase):
                 f"got shape {tuple(x.shape)}."
             )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchChannelNorm":
+        # In half precision a running statistic would stop short of where it is going.
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        lower = [name for name in KEPT if _is_lower(self._buffers[name], before[name])]
+        restore_precision(self, before, lower)
+        self._recent.clear()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_recent": deque(maxlen=RECENT)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.synchronize:
+            _break_graphs()
+
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         # Batch norm has no group weights: those there are stay.
         if f"{prefix}weight" in state:
@@ -261,6 +298,8 @@ class BatchChannelNorm(_NormBase):
             "normalization_batch": self.normalization_batch,
             "affine": "channel" if len(self.group_weight) > self.num_groups else "group",
             "synchronize": self.synchronize,
+            "eps": self.eps,
+            "momentum": self.momentum,
         }
 
     def extra_repr(self) -> str:
@@ -273,6 +312,23 @@ class BatchChannelNorm(_NormBase):
             + (f", normalization_batch={part}" if part is not None else "")
             + (", synchronize=True" if self.synchronize else "")
         )
+
+
+def _outside_of_the_graph(layer: BatchChannelNorm, x: Tensor, relu: bool) -> Tensor:
+    """Where processes talk to each other, a compiled graph breaks."""
+    return layer.normalized(x, relu=relu)
+
+
+def _break_graphs() -> None:
+    # Only for those who synchronize: this loads the compiler.
+    global _outside_of_the_graph  # noqa: PLW0603
+    _outside_of_the_graph = torch.compiler.disable(_outside_of_the_graph)
+
+
+def _is_lower(now: Tensor | None, before: Tensor | None) -> bool:
+    assert now is not None
+    assert before is not None
+    return torch.finfo(now.dtype).bits < torch.finfo(before.dtype).bits
 
 
 class BatchChannelNorm1d(BatchChannelNorm):

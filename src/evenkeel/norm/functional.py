@@ -66,7 +66,7 @@ def batch_channel_norm(
     moments = measure(x)
     if mean is None or var is None:
         seen = observe(moments)
-        program = BatchChannel(num_groups, eps, seen.mean, seen.var, observed=True)
+        program = BatchChannel(num_groups, eps, seen.mean, seen.var, True, seen.share)
     else:
         mean, var = (t.view(1, 1, -1).to(moments.mean.dtype) for t in (mean, var))
         program = BatchChannel(num_groups, eps, mean, var)
@@ -74,13 +74,14 @@ def batch_channel_norm(
 
 
 def require_groups(channels: int, groups: int) -> None:
-    """Refuse a number of groups that does not divide the channels."""
-    if groups < 1 or channels % groups:
-        fitting = [g for g in range(1, channels + 1) if channels % g == 0]
+    """Refuse a number of groups that does not divide the channels, or leaves one to a group."""
+    if groups < 1 or channels % groups or groups == channels > 1:
+        fitting = [g for g in range(1, max(2, channels // 2 + 1)) if channels % g == 0]
         near = min(fitting, key=lambda g: (abs(g - groups), g))
         raise ConfigError(
-            f"num_groups must divide the number of channels; {groups} does not divide {channels}. "
-            f"The nearest that does is num_groups={near}."
+            f"num_groups must divide the number of channels, with two or more in a group (of a "
+            f"channel alone, the group's statistics undo all that batch statistics do); got "
+            f"{groups} groups of {channels} channels. The nearest that fits is num_groups={near}."
         )
 
 

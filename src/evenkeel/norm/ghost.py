@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from evenkeel.errors import ConfigError, ShapeError
 from evenkeel.moments import Moments, measure, normalize
 from evenkeel.norm.programs import batch_statistics
-from evenkeel.norm.running import follow_, is_recomputation, observe
+from evenkeel.norm.running import is_recomputation, observe, remember_
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
@@ -70,7 +70,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
                 f"train on; got parts of {size} sample with 1 position."
             )
         if not is_recomputation():
-            self._follow(moments, parts)
+            remember_(self, observe(moments, parts=parts))
 
         def program(moments: Moments, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
             mean, var = batch_statistics(moments, parts)  # (K, 1, C)
@@ -82,20 +82,13 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
         return normalize(x, moments, program, self.weight, self.bias)
 
-    @torch.no_grad()
-    def _follow(self, moments: Moments, parts: int) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        seen = observe(moments, parts=parts)
-        self.num_batches_tracked.add_(1)
-        rate = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-        mean, var = (t.mean(0).view(-1) for t in (seen.mean, seen.var * seen.bessel))
-        follow_((self.running_mean, self.running_var), (mean, var), rate)
-
     def options(self) -> dict[str, Any]:
         """What it was made with, besides the number of channels."""
-        return {"normalization_batch": self.normalization_batch}
+        return {
+            "normalization_batch": self.normalization_batch,
+            "eps": self.eps,
+            "momentum": self.momentum,
+        }
 
     def extra_repr(self) -> str:
         """What it was made with."""

@@ -189,6 +189,8 @@ class NoiseAwareBatchNorm(nn.modules.batchnorm._BatchNorm):
             "window": self.window,
             "update_rate": self.update_rate,
             "patience": self.patience,
+            "eps": self.eps,
+            "momentum": self.momentum,
         }
 
     def forget_window_(self, *, warm: bool) -> None:

@@ -55,7 +55,7 @@ class BatchChannel:
         mean: $\mu$ of each part of the batch, (K, 1, C).
         var: $v$ of each part of the batch, (K, 1, C).
         observed: whether these two are the batch's own, so that gradients flow through them.
-        share: what one sample's moments count for in them; None for all of a part alike.
+        share: what one sample's moments count for in them.
         synchronized: whether they are those of the batches of all processes.
     """
 
@@ -64,7 +64,7 @@ class BatchChannel:
     mean: Tensor
     var: Tensor
     observed: bool = False
-    share: float | Tensor | None = None
+    share: float | Tensor = 0.0
     synchronized: bool = False
 
     def __call__(self, moments: Moments, *parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,9 +111,7 @@ class BatchChannel:
         kept = _Kept(weight, away, s, inverse, gain, squared, zc, inverse_g, gain_g, affine_shape)
         return scale.view(shape), shift.view(shape), kept
 
-    def backward(
-        self, moments: Moments, kept: _Kept, d_scale: Tensor, d_shift: Tensor
-    ) -> tuple[Tensor, ...]:
+    def backward(self, kept: _Kept, d_scale: Tensor, d_shift: Tensor) -> tuple[Tensor, ...]:
         """The chain rule through :meth:`_decide`, from its end to its start."""
         shape = d_scale.shape
         weight, away, s, inverse, gain, squared, zc, inverse_g, gain_g, affine_shape = kept
@@ -136,10 +134,9 @@ class BatchChannel:
             d_mu = d_mean.sum(1, keepdim=True)
             if self.synchronized:
                 d_v, d_mu = processes.summed(d_v, d_mu)
-            share = 1 / d_mean.shape[1] if self.share is None else self.share
-            d_v = d_v * share
+            d_v = d_v * self.share
             d_var = d_var + d_v
-            d_mean.addcmul_(away, d_v, value=2).sub_(d_mu * share)
+            d_mean.addcmul_(away, d_v, value=2).sub_(d_mu * self.share)
         gradients = d_weight.view(-1), d_bias.view(-1), d_weight_g.view(-1), d_bias_g.view(-1)
         return d_mean.view(shape), d_var.view(shape), *gradients
 

@@ -1,6 +1,7 @@
 """The statistics of batches, and what layers remember of them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def observe(
         return Observed(mean, var, 1 / max(samples, 1), count / max(count - 1, 1))
     mean, var = (t.view(-1) for t in batch_statistics(moments))
     means, variances, counts = processes.gathered(mean, var, count)
-    total = counts.sum()
+    total = counts.sum().clamp_min(1)
     mean = (counts * means).sum(0) / total
     about = mean if center is None else center
     var = (counts * (variances + (means - about).square())).sum(0) / total
@@ -54,6 +55,19 @@ def follow_(
     finite = now[1].to(running[1].dtype).isfinite()
     for kept, seen in zip(running, now, strict=True):
         kept.lerp_(torch.where(finite, seen.to(kept.dtype), kept), rate)
+
+
+@torch.no_grad()
+def remember_(layer: Any, seen: Observed) -> None:
+    """Take a training batch into a layer's running statistics, as batch norm does.
+
+    They follow the average over parts of the mean and of the unbiased variance.
+    """
+    layer.num_batches_tracked.add_(1)
+    tracked = layer.num_batches_tracked.to(seen.mean.dtype)
+    rate = tracked.reciprocal() if layer.momentum is None else layer.momentum
+    mean, var = (t.mean(0).view(-1) for t in (seen.mean, seen.var * seen.bessel))
+    follow_((layer.running_mean, layer.running_var), (mean, var), rate)
 
 
 def is_recomputation() -> bool:

@@ -16,7 +16,7 @@ EPS = 1e-5
 
 
 def standardized(weight: Tensor, eps: float = EPS) -> Tensor:
-    r"""Every filter with mean 0 and variance 1 over its inputs and positions.
+    r"""Every filter with mean 0 and, but for ``eps``, variance 1 over its inputs and positions.
 
     $$ \hat W_o = \frac{W_o - \bar W_o}{\sqrt{s_o^2 + \varepsilon}} $$
 
@@ -208,9 +208,15 @@ def standardize_weights_(
     return Standardization(done, skipped, model)
 
 
-def standardized_paths(model: nn.Module) -> list[str]:
-    """Paths of the layers that :func:`standardize_weights_` has put a parametrization on."""
-    return [path for path, module in model.named_modules() if _is_standardized(module)]
+def standardized_paths(model: nn.Module) -> dict[str, float]:
+    """The layers that :func:`standardize_weights_` has put a parametrization on, and their eps."""
+    return {
+        path.removesuffix(".parametrizations.weight"): part.eps
+        for path, module in model.named_modules()
+        if isinstance(module, parametrize.ParametrizationList)
+        for part in module
+        if isinstance(part, WeightStandardization)
+    }
 
 
 def _is_standardized(layer: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """A plain training loop, resumable after a kill, on one device or many."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ def fit(
     seed: int = 0,
     fabric: "Fabric | None" = None,
     checkpoint: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda facts: None,
     watch: Callable[[nn.Module], dict[str, Any]] = lambda model: {},
@@ -46,6 +47,8 @@ def fit(
         fabric: a launched lightning-fabric ``Fabric``, for its devices and precision.
         checkpoint: file to go on from, written after every epoch. A run that was killed ends as one
             that was not.
+        identity: what else makes this run another than others, such as the network's options; a
+            checkpoint of another run is refused.
         on_step: called with steps done and steps in all.
         on_epoch: called with an epoch's number, mean loss, seconds, and what ``watch`` has found;
             where a run goes on, also for the epochs behind it.
@@ -57,6 +60,7 @@ def fit(
     steps = len(x) // batch_size  # of an epoch
     rank, world = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
     identity = {
+        **(identity or {}),
         "samples": len(x),
         "epochs": epochs,
         "batch_size": batch_size,

@@ -74,6 +74,7 @@ def trained(
         augment=crop_and_flip if x.shape[1] == 3 else lambda x: x,
         seed=seed,
         checkpoint=checkpoint,
+        identity=settings,
         on_epoch=known.append,
         watch=watch,
     )
