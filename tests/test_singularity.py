@@ -143,15 +143,21 @@ def test_a_small_network_against_the_plain_computation(dtype):
 
 
 @pytest.mark.parametrize("affine", ["group", "channel"])
-def test_of_batch_channel_norm_the_last_affine_parameters_are_taken_off(affine):
-    norm, x = random_(BatchChannelNorm2d(8, 2, affine=affine)), images()
-    found = singularity(nn.Sequential(norm), [x])
-    bare = ek.norm.BatchChannelNorm2d(8, 2).eval()
-    bare.load_state_dict({k: v for k, v in norm.state_dict().items() if "group" not in k})
-    repeat = 4 if affine == "group" else 1
-    gain, bias = (t.repeat_interleave(repeat) for t in (norm.group_weight, norm.group_bias))
-    expected = reference(bare(x), gain, bias)
-    assert figures(found.rows[0]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+def test_of_batch_channel_norm_the_distance_is_that_of_its_batch_part(affine):
+    layer = BatchChannelNorm2d(8, 2, affine=affine).eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 2)
+    x = torch.randn(200, 8, 4, 4) * torch.rand(8, 1, 1) + torch.randn(8, 1, 1)
+    row = singularity(nn.Sequential(layer), [x[:120], x[120:]]).rows[0]
+    flat = x.double().transpose(0, 1).flatten(1)
+    scale = (layer.running_var.double() + layer.eps).sqrt()
+    means = (flat.mean(1) - layer.running_mean.double()) / scale
+    assert row.mean_distance == pytest.approx(float(means.abs().mean()), rel=1e-5)
+    spread = flat.std(1, correction=0) / scale
+    assert row.std_distance == pytest.approx(float((spread - 1).abs().mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize(("positive", "dead"), [(0, 1), (3, 1), (4, 0), (200, 0)])

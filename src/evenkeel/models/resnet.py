@@ -13,7 +13,7 @@ from evenkeel.norm import BatchChannelNorm2d, GhostBatchNorm2d, standardize_weig
 NormLayer = Callable[[int], nn.Module]
 
 GROUP = 8
-"""Channels of a group under group norm."""
+"""Channels of a group under group and batch-channel norm."""
 
 
 class ChannelAffine(nn.Module):

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evenkeel.batches import size
 from evenkeel.errors import ConfigError
 from evenkeel.moments import BatchMoments
+from evenkeel.norm.batch_channel import BatchChannelNorm
 from evenkeel.norm.convert import followed_by, is_normalizer
 
 DEAD = 0.01
@@ -40,7 +41,8 @@ class Row:
         channels: number of channels.
         dead: share of channels that are on for less than 1 % of inputs and positions.
         mean_distance: mean over channels of $|m_c|$, with $m_c$ the mean of what the normalizer
-            gives before its affine parameters; batch norm's is 0. None for a ReLU.
+            gives before its affine parameters; batch norm's is 0. Of batch-channel norm it is the
+            batch part's. None for a ReLU.
         std_distance: mean over channels of $|s_c - 1|$, with $s_c$ its deviation, likewise.
         margin: smallest mean over deviation of any channel's output; at -2.3 a normal one is on for
             1 % of inputs.
@@ -221,6 +223,7 @@ class _Unit:
     channel_dim: int
     relu: bool = False
     moments: list[BatchMoments] = field(default_factory=list)
+    inputs: list[BatchMoments] = field(default_factory=list)
     on: Tensor | None = None
     places: int = 0
 
@@ -237,9 +240,7 @@ class _Unit:
         mean, std = whole.mean, whole.var.sqrt()
         distances: tuple[float | None, float | None] = (None, None)
         if self.module is not None:
-            gain, bias = (_affine(self.module, name, mean) for name in ("weight", "bias"))
-            fit = gain.abs() > 1e-6 * gain.abs().max().clamp_min(1e-30)
-            before, spread = ((mean - bias) / gain)[fit], (std / gain.abs())[fit]
+            before, spread = self._normalized(mean, std)
             if len(before):
                 distances = float(before.abs().mean()), float((spread - 1).abs().mean())
         return Row(
@@ -253,6 +254,18 @@ class _Unit:
             margin=float((mean / std.clamp_min(1e-12)).min()),
         )
 
+    def _normalized(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and deviations of the channels before the affine parameters."""
+        assert self.module is not None
+        if isinstance(self.module, BatchChannelNorm):  # its first affine comes before the groups
+            whole = BatchMoments.pool(self.inputs)
+            center, var = (t.to(mean) for t in self.module._running())
+            scale = (var + self.module.eps).rsqrt()
+            return (whole.mean - center) * scale, whole.var.sqrt() * scale
+        gain, bias = (_affine(self.module, name, mean) for name in ("weight", "bias"))
+        fit = gain.abs() > 1e-6 * gain.abs().max().clamp_min(1e-30)
+        return ((mean - bias) / gain)[fit], (std / gain.abs())[fit]
+
 
 def _channel_dim(module: nn.Module, y: Tensor) -> int:
     """Layer norms of torch over one axis have their channels last."""
@@ -263,8 +276,8 @@ def _channel_dim(module: nn.Module, y: Tensor) -> int:
 
 
 def _affine(module: nn.Module, name: str, like: Tensor) -> Tensor:
-    """The last affine parameter that a normalizer applies, for each channel; 1 or 0 without."""
-    value = getattr(module, f"group_{name}", getattr(module, name, None))
+    """The affine parameter that a normalizer applies, for each channel; 1 or 0 without."""
+    value = getattr(module, name, None)
     if isinstance(value, Tensor) and value.dim() > 1:
         value = value.flatten(1).mean(1)
     if not isinstance(value, Tensor):
@@ -294,6 +307,13 @@ class _Watch(TorchDispatchMode):
             before = module.register_forward_pre_hook(
                 lambda *_, path=path: self.inside.append(path)
             )
+            if isinstance(module, BatchChannelNorm):
+                came = module.register_forward_pre_hook(
+                    lambda m, args, path=path: self._unit(path, m, 1).inputs.append(
+                        BatchMoments.of(args[0])
+                    )
+                )
+                self.hooks.callback(came.remove)
             if after_it := followed_by(module):
                 handle = after_it[0].register_forward_pre_hook(
                     lambda _, args, path=path, module=module: self._given(path, module, args[0])
@@ -317,8 +337,11 @@ class _Watch(TorchDispatchMode):
             self._given(path, module, y)
 
     def _given(self, path: str, module: nn.Module, y: Tensor) -> None:
-        self.seen.setdefault(path, _Unit(path, module, _channel_dim(module, y))).add(y)
+        self._unit(path, module, _channel_dim(module, y)).add(y)
         self.given.append((y, path))
+
+    def _unit(self, path: str, module: nn.Module, channel_dim: int) -> _Unit:
+        return self.seen.setdefault(path, _Unit(path, module, channel_dim))
 
     def __torch_dispatch__(
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -79,6 +79,7 @@ class Desk:
         cache: folder for finished trials and what is trained on the way.
         workers: processes; None for one on each core.
         progress: called with what is being done, how much is done and how much there is.
+        version: of the study, which :func:`run` tells.
     """
 
     data_name: str
@@ -87,6 +88,7 @@ class Desk:
     cache: Path
     workers: int | None = None
     progress: Progress = field(default=lambda what, done, total: None, repr=False)
+    version: int = 1
 
     def data(self, test_samples: int | None = None) -> Data:
         """The data, or so many test samples of it."""
@@ -121,7 +123,8 @@ class Desk:
         """``work(**item)`` for every item, in processes of one thread; finished ones are kept."""
         label = f"{work.__module__}.{work.__qualname__}"
         keys = [
-            fingerprint([label, json.dumps(item, sort_keys=True, default=_of)]) for item in items
+            fingerprint([label, self.version, json.dumps(item, sort_keys=True, default=_of)])
+            for item in items
         ]
         with Store(self.cache / "each.db") as store:
             results = store.results(keys)
@@ -156,6 +159,7 @@ def run(
         raise ConfigError(
             f"The study has no part {unknown[0]!r}; it has {', '.join(p.name for p in parts)}."
         )
+    desk.version = study.version
     folder = out / study.name / scale
     folder.mkdir(parents=True, exist_ok=True)
     desk.cache.mkdir(parents=True, exist_ok=True)
@@ -300,6 +304,6 @@ def svg(chart: Any) -> str:
     return text
 
 
-def _of(path: Path) -> str:
-    """What identifies a file or folder named in an item."""
-    return sha256(path) if path.is_file() else str(path)
+def _of(path: Path) -> str | None:
+    """What identifies a file named in an item is its content; where a folder lies says nothing."""
+    return sha256(path) if path.is_file() else None

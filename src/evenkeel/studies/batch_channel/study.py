@@ -5,6 +5,7 @@ what is measured on CIFAR-10 is the claim behind them, beside batch norm and gro
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -18,22 +19,38 @@ from evenkeel.studies.batch_channel.figures import draw
 from evenkeel.studies.batch_channel.training import trained
 from evenkeel.studies.frame import Desk, Facts, Part, Study
 
-METHODS: dict[str, tuple[str, bool]] = {
-    "BN": ("batch", False),
-    "GN": ("group", False),
-    "GN+WS": ("group", True),
-    "BCN": ("batch_channel", False),
-    "BCN+WS": ("batch_channel", True),
-    "BCN running": ("batch_channel_running", False),
-    "BCN running+WS": ("batch_channel_running", True),
-    "LN": ("layer", False),
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the study.
+
+    Attributes:
+        norm: normalizer of the reference network.
+        weight_standard: whether weights are standardized.
+        sees_batch: whether it matters how many samples are normalized together.
+        watched: whether dead units are looked at after every epoch.
+    """
+
+    norm: str
+    weight_standard: bool = False
+    sees_batch: bool = True
+    watched: bool = False
+
+
+METHODS = {
+    "BN": Method("batch", watched=True),
+    "GN": Method("group", sees_batch=False, watched=True),
+    "GN+WS": Method("group", True, sees_batch=False, watched=True),
+    "BCN": Method("batch_channel", watched=True),
+    "BCN+WS": Method("batch_channel", True),
+    "BCN running": Method("batch_channel_running"),
+    "BCN running+WS": Method("batch_channel_running", True),
+    "LN": Method("layer", sees_batch=False, watched=True),
 }
-"""Normalizer, and whether weights are standardized."""
-WATCHED = ("BN", "GN", "GN+WS", "LN", "BCN")
 SIZES: dict[str, dict[str, Any]] = {
     "smoke": {"samples": 600, "epochs": 2, "seeds": 1, "micro": 100, "micro_epochs": 1},
     "small": {"samples": 5000, "epochs": 4, "seeds": 1, "micro": 1000, "micro_epochs": 1},
-    "full": {"samples": 20000, "epochs": 12, "seeds": 3, "micro": 10000, "micro_epochs": 3},
+    "full": {"samples": 20000, "epochs": 20, "seeds": 3, "micro": 10000, "micro_epochs": 3},
 }
 DISTANCES = ((0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (2.0, 0.0), (4.0, 0.0), (0.0, 0.5), (0.0, 1.0),
              (1.0, 0.5), (2.0, 1.0), (4.0, 2.0))  # fmt: skip
@@ -50,13 +67,6 @@ def parts(scale: str) -> list[Part]:
         "batch_size": 128,
         "learning_rate": 0.2,
     }
-    runs = [
-        [method, normalization]
-        for normalization in (2, 128)
-        for method in METHODS
-        if not (method in ("GN", "GN+WS") and normalization == 2)  # they do not see the batch
-        and not (method == "LN" and normalization == 2)
-    ]
     micro = {
         **common,
         "epochs": size["micro_epochs"],
@@ -64,6 +74,14 @@ def parts(scale: str) -> list[Part]:
         "batch_size": 2,
         "learning_rate": 0.2 * 2 / 128,
     }
+    whole = [
+        [name, together]
+        for together in (128, 2)
+        for name, method in METHODS.items()
+        if method.sees_batch or together == 128
+    ]
+    at_two = [[name, 2] for name in METHODS if name != "LN"]
+    seeds = range(size["seeds"])
     return [
         Part(
             "toy",
@@ -71,31 +89,37 @@ def parts(scale: str) -> list[Part]:
             _toy,
             {"groups": 4, "draws": 10},
         ),
-        Part(
-            "accuracy",
-            "Error over training by normalizer, with 2 or 128 samples normalized together",
-            _accuracy,
-            {**common, "seeds": size["seeds"], "runs": runs},
+        *(
+            Part(
+                f"accuracy_{seed}",
+                "Error over training by normalizer, with 2 or 128 samples normalized together",
+                _runs,
+                {**common, "seed": seed, "runs": whole},
+            )
+            for seed in seeds
         ),
-        Part(
-            "micro",
-            "Error with two samples in each step of SGD",
-            _accuracy,
-            {
-                **micro,
-                "seeds": min(2, size["seeds"]),
-                "runs": [[m, 2] for m in METHODS if m != "LN"],
-            },
+        *(
+            Part(
+                f"micro_{seed}",
+                "Error with two samples in each step of SGD",
+                _runs,
+                {**micro, "seed": seed, "runs": at_two},
+            )
+            for seed in seeds
         ),
-        Part(
-            "distance",
-            "Error of networks whose batch norms are held away from their point",
-            _distance,
-            {
-                **common,
-                "epochs": max(1, size["epochs"] // 2),
-                "distances": [list(d) for d in DISTANCES[:: 4 if smoke else 1]],
-            },
+        *(
+            Part(
+                f"distance_{seed}",
+                "Error of networks whose batch norms are held away from their point",
+                _distance,
+                {
+                    **common,
+                    "epochs": max(1, size["epochs"] // 2),
+                    "seed": seed,
+                    "distances": [list(d) for d in DISTANCES[:: 4 if smoke else 1]],
+                },
+            )
+            for seed in seeds
         ),
     ]
 
@@ -132,63 +156,65 @@ def _toy(desk: Desk, settings: Facts) -> Facts:
     }
 
 
-def _accuracy(desk: Desk, settings: Facts) -> Facts:
-    keys = ("architecture", "epochs", "samples", "batch_size", "learning_rate")
+def _runs(desk: Desk, settings: Facts) -> Facts:
+    chosen = [(name, METHODS[name], together) for name, together in settings["runs"]]
     items = [
         {
-            "data": desk.data_name,
-            "root": desk.data_root,
-            "cache": desk.cache,
-            **{key: settings[key] for key in keys},
-            "norm": METHODS[method][0],
-            "weight_standard": METHODS[method][1],
-            "normalization_batch": size if size < settings["batch_size"] else None,
-            "seed": seed,
-            "watched": method in WATCHED and seed == 0 and size >= settings["batch_size"],
+            **_common(desk, settings),
+            "norm": method.norm,
+            "weight_standard": method.weight_standard,
+            "normalization_batch": together if together < settings["batch_size"] else None,
+            "watched": method.watched and settings["seed"] == 0 and together >= 128,
         }
-        for seed in range(settings["seeds"])
-        for method, size in settings["runs"]
-        if method != "LN" or seed == 0
+        for _, method, together in chosen
     ]
-    names = [
-        (method, size)
-        for seed in range(settings["seeds"])
-        for method, size in settings["runs"]
-        if method != "LN" or seed == 0
-    ]
-    runs = desk.each(trained, items, "training")
+    done = desk.each(trained, items, "training")
     return {
         "runs": [
-            {"method": method, "normalization_batch": size, "seed": run["seed"],
-             "epochs": run["epochs"]}
-            for (method, size), run in zip(names, runs, strict=True)
+            {
+                "method": name,
+                "together": together if method.sees_batch else None,
+                "seed": settings["seed"],
+                "epochs": run["epochs"],
+            }
+            for (name, method, together), run in zip(chosen, done, strict=True)
         ]
-    }  # fmt: skip
+    }
 
 
 def _distance(desk: Desk, settings: Facts) -> Facts:
-    keys = ("architecture", "epochs", "samples", "batch_size", "learning_rate")
     items = [
         {
-            "data": desk.data_name,
-            "root": desk.data_root,
-            "cache": desk.cache,
-            **{key: settings[key] for key in keys},
+            **_common(desk, settings),
             "norm": "batch",
             "weight_standard": False,
             "normalization_batch": None,
-            "seed": 0,
             "watched": True,
             "displaced": displaced,
         }
         for displaced in settings["distances"]
     ]
-    runs = desk.each(trained, items, "distances")
+    done = desk.each(trained, items, "distances")
     return {
         "runs": [
-            {"means": means, "scales": scales, "epochs": run["epochs"]}
-            for (means, scales), run in zip(settings["distances"], runs, strict=True)
+            {
+                "means": means,
+                "scales": scales,
+                "seed": settings["seed"],
+                "epochs": [{k: e[k] for k in ("epoch", "error", "dead")} for e in run["epochs"]],
+            }
+            for (means, scales), run in zip(settings["distances"], done, strict=True)
         ]
+    }
+
+
+def _common(desk: Desk, settings: Facts) -> Facts:
+    keys = ("architecture", "epochs", "samples", "batch_size", "learning_rate", "seed")
+    return {
+        "data": desk.data_name,
+        "root": desk.data_root,
+        "cache": desk.cache,
+        **{key: settings[key] for key in keys},
     }
 
 
