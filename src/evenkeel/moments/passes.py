@@ -16,7 +16,7 @@ from torch import Tensor
 
 from evenkeel.moments import native
 
-TILE = 2**21
+TILE = 2**20
 """Elements of a tile: a few MB, which stay in the cache."""
 HEAD = 8
 """One part in so many of the positions is looked at for a first guess of the mean."""

@@ -119,7 +119,8 @@ def _curves(runs: Sequence[Facts]) -> Any:
         for epoch in run["epochs"]
     ]
     base: Any = alt.Chart(alt.Data(values=points), width=330, height=220)
-    x, colour = alt.X("epoch:Q", title="epoch"), alt.Color("method:N", title=None)
+    x = alt.X("epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1))
+    colour = alt.Color("method:N", title=None, legend=alt.Legend(symbolOpacity=1))
     line = base.mark_line().encode(
         x=x, y=alt.Y("mean(error):Q", title="test error, %"), color=colour
     )
@@ -147,7 +148,7 @@ def _over_training(runs: Sequence[Facts]) -> Any:
             ]
     base: Any = alt.Chart(alt.Data(values=points), width=220, height=180)
     lines = base.mark_line(point=True).encode(
-        x=alt.X("epoch:Q", title="epoch"),
+        x=alt.X("epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1)),
         y=alt.Y("value:Q", title=None),
         color=alt.Color("method:N", title=None),
         column=alt.Column("what:N", title=None),
