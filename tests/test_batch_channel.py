@@ -225,7 +225,7 @@ def test_the_derivative_by_hand_is_autograds(
         kept = [t.detach() for t in batch_statistics(moments, parts)]
     else:
         kept = [drawn(parts, 1, c), drawn(parts, 1, c, positive=True)]
-    program = BatchChannel(groups, 1e-3, *kept, observed=observed, share=1 / samples)
+    program = BatchChannel(groups, 1e-3, *kept, share=1 / samples if observed else None)
     ends = drawn(n, c), drawn(n, c)
     expected = torch.autograd.grad(program(moments, *parameters), leaves, ends)
     with torch.no_grad():

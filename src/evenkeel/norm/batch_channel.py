@@ -195,7 +195,6 @@ class BatchChannelNorm(_NormBase):
         return {
             "mean": seen.mean,
             "var": seen.var,
-            "observed": True,
             "share": seen.share,
             "synchronized": self.synchronize,
         }

@@ -66,7 +66,7 @@ def batch_channel_norm(
     moments = measure(x)
     if mean is None or var is None:
         seen = observe(moments)
-        program = BatchChannel(num_groups, eps, seen.mean, seen.var, True, seen.share)
+        program = BatchChannel(num_groups, eps, seen.mean, seen.var, seen.share)
     else:
         mean, var = (t.view(1, 1, -1).to(moments.mean.dtype) for t in (mean, var))
         program = BatchChannel(num_groups, eps, mean, var)

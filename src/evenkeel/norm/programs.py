@@ -54,8 +54,8 @@ class BatchChannel:
         eps: added to variances.
         mean: $\mu$ of each part of the batch, (K, 1, C).
         var: $v$ of each part of the batch, (K, 1, C).
-        observed: whether these two are the batch's own, so that gradients flow through them.
-        share: what one sample's moments count for in them.
+        share: what one sample's moments count for in these two, where they are the batch's own, so
+            that gradients flow through them; None where they are constants.
         synchronized: whether they are those of the batches of all processes.
     """
 
@@ -63,13 +63,12 @@ class BatchChannel:
     eps: float
     mean: Tensor
     var: Tensor
-    observed: bool = False
-    share: float | Tensor = 0.0
+    share: float | Tensor | None = None
     synchronized: bool = False
 
     def __call__(self, moments: Moments, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift, in plain operations."""
-        if not self.observed:
+        if self.share is None:
             return self._decide(moments, self.mean, self.var, *parameters)[:2]
         if self.synchronized:
             raise ConfigError(
@@ -129,7 +128,7 @@ class BatchChannel:
         d_gain = d_gain.addcmul_(s * gain, d_spread, value=2).sum(1, keepdim=True)
         d_weight, d_bias = (d_gain * inverse).sum((0, 1)), dz.sum((0, 1))
         d_mean, d_var = dz * gain, d_spread * squared
-        if self.observed:
+        if self.share is not None:
             d_v = (d_gain * weight).mul_(inverse).mul_(inverse).mul_(inverse).mul_(-0.5)
             d_mu = d_mean.sum(1, keepdim=True)
             if self.synchronized:

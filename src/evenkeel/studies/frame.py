@@ -304,6 +304,6 @@ def svg(chart: Any) -> str:
     return text
 
 
-def _of(path: Path) -> str | None:
-    """What identifies a file named in an item is its content; where a folder lies says nothing."""
-    return sha256(path) if path.is_file() else None
+def _of(path: Path) -> str:
+    """What identifies a file or folder named in an item."""
+    return sha256(path) if path.is_file() else str(path)
