@@ -678,6 +678,7 @@ def run_of(desk, **changed):
         "samples": 256,
         "batch_size": 64,
         "learning_rate": 0.1,
+        "precision": "32-true",
         "watched": True,
     }
     return training.trained(**(options | changed))
@@ -692,15 +693,29 @@ def test_a_training_run_tells_errors_and_dead_units(desk):
     assert "layers" not in run_of(desk, watched=False, epochs=1)["epochs"][0]
 
 
+def test_a_training_run_takes_its_update_rate(desk, monkeypatch):
+    seen = []
+    watched = training.error
+
+    def noted(network, *given):
+        seen.append({m.update_rate for m in network.modules() if hasattr(m, "update_rate")})
+        return watched(network, *given)
+
+    monkeypatch.setattr(training, "error", noted)
+    for rate in (None, 0.01):
+        run_of(desk, norm="batch_channel_running", update_rate=rate, epochs=1, watched=False)
+    assert seen == [{0.1}, {0.01}]
+
+
 def test_a_killed_training_run_ends_as_one_that_was_not(desk, tmp_path, monkeypatch):
     whole = run_of(desk, epochs=3, watched=False)
     (tmp_path / "other").mkdir()
     later = training.error
 
-    def dies(network, batches):
+    def dies(*given):
         if list((tmp_path / "other").glob("*.checkpoint")):
             raise Interrupted
-        return later(network, batches)
+        return later(*given)
 
     monkeypatch.setattr(training, "error", dies)
     with pytest.raises(Interrupted):

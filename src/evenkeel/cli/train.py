@@ -15,12 +15,11 @@ from evenkeel import data as datasets
 from evenkeel.audit.run import evaluate
 from evenkeel.audit.tasks import Classify
 from evenkeel.cli.progress import progress_bar
-from evenkeel.errors import MissingExtraError
 from evenkeel.files import require_writable_folder, write_atomically
 from evenkeel.models import build
 from evenkeel.provenance import environment
 from evenkeel.saving import save
-from evenkeel.train import Recipe, crop_and_flip, fit, recipe
+from evenkeel.train import Recipe, crop_and_flip, fit, launched, recipe
 
 
 def train(
@@ -82,7 +81,7 @@ def train(
     chosen = dataclasses.replace(recipe(name), **changed)  # type: ignore[arg-type]
     require_writable_folder(out.parent)
     samples, (x, y) = _data(chosen.data, data_root)
-    fabric = _fabric(chosen.precision)
+    fabric = launched(chosen.precision, who="evenkeel train")
     console = Console(quiet=fabric.global_rank > 0)
     log_path, checkpoint = out.with_suffix(".json"), out.with_suffix(".checkpoint")
     log: list[dict[str, Any]] = []
@@ -157,13 +156,3 @@ def _data(name: str, root: Path | None) -> tuple[datasets.Data, tuple[Tensor, Te
         return samples, samples.train
     folder = datasets.folder_of(name, root)
     return datasets.SETS[name].read(folder), datasets.SETS[name].read_train(folder)
-
-
-def _fabric(precision: str) -> Any:
-    try:
-        from lightning_fabric import Fabric
-    except ImportError as error:
-        raise MissingExtraError("evenkeel train", "train") from error
-    fabric = Fabric(precision=precision)  # type: ignore[arg-type]
-    fabric.launch()
-    return fabric

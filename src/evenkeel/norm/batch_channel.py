@@ -13,7 +13,7 @@ from evenkeel.layers import restore_precision
 from evenkeel.moments import Moments, barrier, measure, normalize
 from evenkeel.norm.functional import require_channels, require_groups
 from evenkeel.norm.programs import BatchChannel
-from evenkeel.norm.running import follow_, is_recomputation, observe, remember_
+from evenkeel.norm.running import is_recomputation, observe, remember_, trail_
 
 STATISTICS = ("batch", "running")
 RECENT = 16
@@ -212,16 +212,10 @@ class BatchChannelNorm(_NormBase):
         """Correct the running statistics by each part in turn; what each is normalized by."""
         if is_recomputation():
             return self._as_before(moments, parts)
-        used = []
-        means, variances = (m.view(parts, -1, m.shape[1]).unbind() for m in moments[:2])
-        for pair in zip(means, variances, strict=True):
-            own = Moments(*pair, moments.positions)
-            center = self.running_mean.to(own.mean.dtype)
-            seen = observe(own, center=center, synchronize=self.synchronize)
-            follow_(self._running(), (seen.mean.view(-1), seen.var.view(-1)), self.update_rate)
-            used.append([t.to(own.mean.dtype, copy=True) for t in self._running()])
+        seen = observe(moments, parts=parts, synchronize=self.synchronize)
+        of_parts = trail_(self._running(), (seen.mean, seen.var), self.update_rate)
         self.num_batches_tracked.add_(1)
-        mean, var = barrier(*(torch.stack(of)[:, None] for of in zip(*used, strict=True)))
+        mean, var = barrier(*(t.to(moments.mean.dtype) for t in of_parts))
         if not torch.compiler.is_compiling():  # a compiled graph recomputes by itself
             self._recent.append((moments.mean, mean, var))
         return {"mean": mean, "var": var}

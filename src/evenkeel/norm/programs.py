@@ -10,13 +10,11 @@ from evenkeel.errors import ConfigError
 from evenkeel.moments import Moments, processes
 
 
-def batch_statistics(
-    moments: Moments, parts: int = 1, center: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Mean of each part of the batch, and (biased) variance about it or ``center``, (K, 1, C)."""
+def batch_statistics(moments: Moments, parts: int = 1) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of each part of the batch, (K, 1, C)."""
     mean, var = (m.view(parts, -1, m.shape[1]) for m in moments[:2])
     middle = mean.mean(1, keepdim=True)
-    away = mean - (middle if center is None else center)
+    away = mean - middle
     return middle, torch.addcmul(var, away, away).mean(1, keepdim=True)
 
 

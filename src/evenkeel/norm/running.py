@@ -16,7 +16,7 @@ class Observed:
 
     Attributes:
         mean: of each part of the batch, (K, 1, C).
-        var: of each part about ``mean``, or about the center that was asked for; biased.
+        var: of each part about ``mean``, biased.
         share: what one sample's moments count for in them.
         bessel: what makes the variance an unbiased one.
     """
@@ -28,21 +28,18 @@ class Observed:
 
 
 @torch.no_grad()
-def observe(
-    moments: Moments, *, parts: int = 1, center: Tensor | None = None, synchronize: bool = False
-) -> Observed:
+def observe(moments: Moments, *, parts: int = 1, synchronize: bool = False) -> Observed:
     """The statistics of a batch, or of the batches of all processes together."""
     samples = moments.mean.shape[0] // parts
     count = samples * moments.positions
     if not synchronize:
-        mean, var = batch_statistics(moments, parts, center)
+        mean, var = batch_statistics(moments, parts)
         return Observed(mean, var, 1 / max(samples, 1), count / max(count - 1, 1))
     mean, var = (t.view(-1) for t in batch_statistics(moments))
     means, variances, counts = processes.gathered(mean, var, count)
     total = counts.sum().clamp_min(1)
     mean = (counts * means).sum(0) / total
-    about = mean if center is None else center
-    var = (counts * (variances + (means - about).square())).sum(0) / total
+    var = (counts * (variances + (means - mean).square())).sum(0) / total
     bessel = total / (total - 1).clamp_min(1)
     return Observed(mean.view(1, 1, -1), var.view(1, 1, -1), moments.positions / total, bessel)
 
@@ -55,6 +52,41 @@ def follow_(
     finite = now[1].to(running[1].dtype).isfinite()
     for kept, seen in zip(running, now, strict=True):
         kept.lerp_(torch.where(finite, seen.to(kept.dtype), kept), rate)
+
+
+@torch.no_grad()
+def trail_(
+    running: tuple[Tensor, Tensor], now: tuple[Tensor, Tensor], rate: float
+) -> tuple[Tensor, Tensor]:
+    """Move running statistics toward those of each part (K, 1, C) in turn; where each left them.
+
+    The mean follows the means; the variance, the mean squares about the mean of the part before.
+    """
+    mean, var = running
+    means, variances = (seen.to(kept.dtype) for seen, kept in zip(now, running, strict=True))
+    # As in follow_, and before the parts are taken: (a - b)^2 is finite where a^2 and b^2 are.
+    rates = torch.addcmul(variances, means, means).isfinite().to(means.dtype) * rate
+    trail = _solved(rates, means, mean)
+    before = torch.cat([mean.view(1, 1, -1), trail[:-1]])
+    away = means - before
+    squares = torch.addcmul(variances, away, away)
+    trails = trail, _solved(rates, squares, var)
+    for kept, of in zip(running, trails, strict=True):
+        kept.copy_(of[-1, 0])
+    return trails
+
+
+def _solved(rate: Tensor, now: Tensor, start: Tensor) -> Tensor:
+    """x[k] = x[k - 1] + rate[k] (now[k] - x[k - 1]) for all k, in steps of 1, 2, 4, ... parts."""
+    keep = 1 - rate
+    x = torch.where(rate > 0, rate * now, 0)
+    x = torch.cat([torch.addcmul(x[:1], keep[:1], start), x[1:]])
+    step = 1
+    while step < len(x):  # x and keep are now right for runs of so many parts
+        x = torch.cat([x[:step], torch.addcmul(x[step:], keep[step:], x[:-step])])
+        keep = torch.cat([keep[:step], keep[step:] * keep[:-step]])
+        step *= 2
+    return x
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Training the reference networks."""
 
 from evenkeel.train.augment import crop_and_flip as crop_and_flip
+from evenkeel.train.devices import launched as launched
 from evenkeel.train.loop import fit as fit
 from evenkeel.train.recipe import RECIPES as RECIPES
 from evenkeel.train.recipe import Recipe as Recipe

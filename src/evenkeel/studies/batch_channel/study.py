@@ -27,33 +27,36 @@ class Method:
     Attributes:
         norm: normalizer of the reference network.
         weight_standard: whether weights are standardized.
-        sees_batch: whether it matters how many samples are normalized together.
+        update_rate: of "running", where it is not the default.
+        together: samples normalized together in its runs; none where it does not see the batch.
         watched: whether dead units are looked at after every epoch.
     """
 
     norm: str
     weight_standard: bool = False
-    sees_batch: bool = True
+    update_rate: float | None = None
+    together: tuple[int, ...] = (128, 2)
     watched: bool = False
 
 
 METHODS = {
     "BN": Method("batch", watched=True),
-    "GN": Method("group", sees_batch=False, watched=True),
-    "GN+WS": Method("group", True, sees_batch=False, watched=True),
+    "GN": Method("group", together=(), watched=True),
+    "GN+WS": Method("group", True, together=(), watched=True),
     "BCN": Method("batch_channel", watched=True),
     "BCN+WS": Method("batch_channel", True),
     "BCN running": Method("batch_channel_running"),
     "BCN running+WS": Method("batch_channel_running", True),
-    "LN": Method("layer", sees_batch=False, watched=True),
+    "BCN running 0.01": Method("batch_channel_running", update_rate=0.01, together=(2,)),
+    "LN": Method("layer", together=(), watched=True),
 }
 SIZES: dict[str, dict[str, Any]] = {
     "smoke": {"samples": 600, "epochs": 2, "seeds": 1, "micro": 100, "micro_epochs": 1},
     "small": {"samples": 5000, "epochs": 4, "seeds": 1, "micro": 1000, "micro_epochs": 1},
-    "full": {"samples": 20000, "epochs": 20, "seeds": 3, "micro": 10000, "micro_epochs": 3},
+    "full": {"samples": 20000, "epochs": 12, "seeds": 3, "micro": 10000, "micro_epochs": 2},
 }
-DISTANCES = ((0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (2.0, 0.0), (4.0, 0.0), (0.0, 0.5), (0.0, 1.0),
-             (1.0, 0.5), (2.0, 1.0), (4.0, 2.0))  # fmt: skip
+DISTANCES = ((0.0, 0.0), (1.0, 0.0), (2.0, 0.0), (4.0, 0.0), (0.0, 0.5), (0.0, 1.0), (2.0, 1.0),
+             (4.0, 2.0))  # fmt: skip
 """Deviations of shifts and of log scales."""
 
 
@@ -66,6 +69,7 @@ def parts(scale: str) -> list[Part]:
         "samples": size["samples"],
         "batch_size": 128,
         "learning_rate": 0.2,
+        "precision": "32-true" if smoke else "bf16-mixed",
     }
     micro = {
         **common,
@@ -76,11 +80,10 @@ def parts(scale: str) -> list[Part]:
     }
     whole = [
         [name, together]
-        for together in (128, 2)
         for name, method in METHODS.items()
-        if method.sees_batch or together == 128
+        for together in method.together or (None,)
     ]
-    at_two = [[name, 2] for name in METHODS if name != "LN"]
+    at_two = [[name, 2 if METHODS[name].together else None] for name in METHODS if name != "LN"]
     seeds = range(size["seeds"])
     return [
         Part(
@@ -99,27 +102,27 @@ def parts(scale: str) -> list[Part]:
             for seed in seeds
         ),
         *(
-            Part(
-                f"micro_{seed}",
-                "Error with two samples in each step of SGD",
-                _runs,
-                {**micro, "seed": seed, "runs": at_two},
-            )
+            part
             for seed in seeds
-        ),
-        *(
-            Part(
-                f"distance_{seed}",
-                "Error of networks whose batch norms are held away from their point",
-                _distance,
-                {
-                    **common,
-                    "epochs": max(1, size["epochs"] // 2),
-                    "seed": seed,
-                    "distances": [list(d) for d in DISTANCES[:: 4 if smoke else 1]],
-                },
+            for part in (
+                Part(
+                    f"micro_{seed}",
+                    "Error with two samples in each step of SGD",
+                    _runs,
+                    {**micro, "seed": seed, "runs": at_two},
+                ),
+                Part(
+                    f"distance_{seed}",
+                    "Error of networks whose batch norms are held away from their point",
+                    _distance,
+                    {
+                        **common,
+                        "epochs": max(1, size["epochs"] // 2),
+                        "seed": seed,
+                        "distances": [list(d) for d in DISTANCES[:: 4 if smoke else 1]],
+                    },
+                ),
             )
-            for seed in seeds
         ),
     ]
 
@@ -163,8 +166,9 @@ def _runs(desk: Desk, settings: Facts) -> Facts:
             **_common(desk, settings),
             "norm": method.norm,
             "weight_standard": method.weight_standard,
-            "normalization_batch": together if together < settings["batch_size"] else None,
-            "watched": method.watched and settings["seed"] == 0 and together >= 128,
+            "update_rate": method.update_rate,
+            "normalization_batch": None if together == settings["batch_size"] else together,
+            "watched": method.watched and settings["seed"] == 0 and together != 2,
         }
         for _, method, together in chosen
     ]
@@ -173,11 +177,11 @@ def _runs(desk: Desk, settings: Facts) -> Facts:
         "runs": [
             {
                 "method": name,
-                "together": together if method.sees_batch else None,
+                "together": together,
                 "seed": settings["seed"],
                 "epochs": run["epochs"],
             }
-            for (name, method, together), run in zip(chosen, done, strict=True)
+            for (name, _, together), run in zip(chosen, done, strict=True)
         ]
     }
 
@@ -209,7 +213,7 @@ def _distance(desk: Desk, settings: Facts) -> Facts:
 
 
 def _common(desk: Desk, settings: Facts) -> Facts:
-    keys = ("architecture", "epochs", "samples", "batch_size", "learning_rate", "seed")
+    keys = "architecture", "epochs", "samples", "batch_size", "learning_rate", "precision", "seed"
     return {
         "data": desk.data_name,
         "root": desk.data_root,

@@ -11,9 +11,9 @@ from evenkeel.batches import first
 from evenkeel.data.dataset import fingerprint
 from evenkeel.draws import Draws
 from evenkeel.models import build
-from evenkeel.norm import singularity
+from evenkeel.norm import BatchChannelNorm2d, singularity
 from evenkeel.studies.frame import load_data, load_training_data
-from evenkeel.train import crop_and_flip, fit
+from evenkeel.train import crop_and_flip, fit, launched
 
 WATCHED = 500
 """Test samples that dead units are counted on."""
@@ -32,18 +32,22 @@ def trained(
     samples: int,
     batch_size: int,
     learning_rate: float,
+    precision: str,
     watched: bool,
+    update_rate: float | None = None,
     displaced: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     """Train on the first so many samples; error in percent after each epoch, on all test samples.
 
-    A killed run goes on after its last epoch. ``displaced`` are the deviations of fixed shifts and
-    log scales that every batch norm's output gets before its affine parameters.
+    A killed run goes on after its last epoch. ``update_rate`` is for the layers that have one.
+    ``displaced`` are the deviations of fixed shifts and log scales that every batch norm's output
+    gets before its affine parameters.
     """
     settings = {k: v for k, v in locals().items() if k not in ("root", "cache")}
     known: list[dict[str, Any]] = []
     x, y = load_training_data(data, root)
     samples_ = load_data(data, root)
+    fabric = launched(precision, who="evenkeel study batch_channel", devices=1)
 
     def make() -> nn.Module:
         network = build(
@@ -52,14 +56,19 @@ def trained(
             normalization_batch=normalization_batch,
             weight_standard=weight_standard,
         )
+        for layer in network.modules():
+            if isinstance(layer, BatchChannelNorm2d) and update_rate is not None:
+                layer.update_rate = update_rate
         if displaced is not None:
             displace_(network, *displaced, seed=seed)
         return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
     def watch(network: nn.Module) -> dict[str, Any]:
-        facts: dict[str, Any] = {"error": error(network, samples_.test)}
+        with fabric.autocast():
+            facts: dict[str, Any] = {"error": error(network, samples_.test, fabric.device)}
         if watched:
-            found = singularity(network, first(samples_.test, WATCHED)).to_dict()
+            seen = [x.to(fabric.device) for x, _ in first(samples_.test, WATCHED)]
+            found = singularity(network, seen).to_dict()
             facts |= {"dead": found["dead"], "layers": found["rows"]}
         return facts
 
@@ -73,6 +82,7 @@ def trained(
         learning_rate=learning_rate,
         augment=crop_and_flip if x.shape[1] == 3 else lambda x: x,
         seed=seed,
+        fabric=fabric,
         checkpoint=checkpoint,
         identity=settings,
         on_epoch=known.append,
@@ -83,11 +93,11 @@ def trained(
 
 
 @torch.no_grad()
-def error(network: nn.Module, batches: Any) -> float:
+def error(network: nn.Module, batches: Any, device: torch.device) -> float:
     """Percent wrong; a network that has left the numbers is wrong on all."""
     wrong, total = 0, 0
     for x, y in batches:
-        scores = network(x)
+        scores = network(x.to(device)).cpu()
         right = (scores.argmax(1) == y) & scores.isfinite().all(1)
         wrong, total = wrong + int((~right).sum()), total + len(y)
     return 100 * wrong / total
