@@ -4,6 +4,9 @@ from evenkeel import analog as analog
 from evenkeel import norm as norm
 from evenkeel.audit import Audit as Audit
 from evenkeel.audit import audit as audit
+from evenkeel.balance import Balance as Balance
+from evenkeel.balance import Balancer as Balancer
+from evenkeel.balance import balance_ as balance_
 from evenkeel.calibrate import Calibration as Calibration
 from evenkeel.calibrate import calibrate_ as calibrate_
 from evenkeel.saving import load as load

@@ -20,6 +20,10 @@ class CalibrationError(EvenkeelError, ValueError):
     """A network could not be calibrated; it has been left as it was."""
 
 
+class GraphError(EvenkeelError, ValueError):
+    """A network could not be captured, or does not do what its graph says."""
+
+
 class StoreError(EvenkeelError, OSError):
     """A file of results cannot be read or written."""
 

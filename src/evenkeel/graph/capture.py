@@ -1,0 +1,106 @@
+"""A user's own network as a graph of operations, for analysis only."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+
+from evenkeel.errors import GraphError
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A network's operations in eval mode, in the order in which they run.
+
+    Attributes:
+        graph: of ATen operations, composite ones as they were called.
+        held: what each placeholder is: the path of a parameter or buffer, or a constant.
+        inputs: the placeholders that are inputs of the network, with the example of each.
+        model: the network itself.
+    """
+
+    graph: fx.Graph
+    held: Mapping[str, "str | Tensor"]
+    inputs: Mapping[str, Any]
+    model: nn.Module
+
+
+@torch.no_grad()
+def capture(model: nn.Module, example_inputs: Any) -> Captured:
+    """Trace a network with ``torch.export``; it is left in the mode that it was in.
+
+    Args:
+        model: any network that torch can export.
+        example_inputs: a tensor, or the tuple of the network's positional arguments.
+
+    Raises:
+        GraphError: it cannot be exported; the message tells where and why.
+    """
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        program = torch.export.export(model.eval(), args, dynamic_shapes=_free_batch(args))
+    except Exception as error:  # torch raises many kinds, of which few have a common parent
+        raise GraphError(
+            f"{type(model).__name__} cannot be captured by torch.export: {_first_line(error)}\n"
+            f"Usual causes are branches on the values of tensors, and calls out of torch. Make the "
+            f"branch a torch.where, or hand over the part of the network without it; "
+            f"torch.export.export(model.eval(), example_inputs) shows the whole trace."
+        ) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if any(_changes_others(node) for node in program.graph.nodes):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch's own doing
+            program = program.run_decompositions({})  # none, but nothing is in place afterwards
+    held: dict[str, str | Tensor] = {}
+    inputs: list[str] = []
+    for spec in program.graph_signature.input_specs:
+        name: str = spec.arg.name
+        if spec.kind == InputKind.USER_INPUT:
+            inputs.append(name)
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            assert spec.target is not None
+            held[name] = spec.target
+        else:
+            held[name] = program.constants[spec.target]
+    leaves = torch.utils._pytree.tree_leaves((args, {}))
+    return Captured(program.graph, held, dict(zip(inputs, leaves, strict=True)), model)
+
+
+def _free_batch(args: tuple[Any, ...]) -> Any:
+    """Leave the first axis open, where the network does."""
+    return torch.utils._pytree.tree_map(
+        lambda a: {0: torch.export.Dim.AUTO} if isinstance(a, Tensor) and a.dim() else None, args
+    )
+
+
+def _changes_others(node: fx.Node) -> bool:
+    """Whether an operation in place changes what is read under another name afterwards."""
+    if not _is_in_place(node):
+        return False
+    target = node.args[0]
+    if not isinstance(target, fx.Node) or target.op != "call_function":
+        return True
+    later = any(user is not node and user > node for user in target.users)
+    return later or (_is_alias(target) and not _is_in_place(target))
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def _is_alias(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or any(result.alias_info is not None for result in schema.returns)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
