@@ -1,10 +1,15 @@
 """Batches of any form: tensors in tuples, lists, mappings; the first axis counts samples."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from evenkeel.errors import ConfigError
+
+Forward = Callable[[nn.Module, Any], Any]
+"""How to run a model on a batch."""
 
 
 def size(batch: Any) -> int:
@@ -50,3 +55,17 @@ def first(batches: Iterable[Any], samples: int) -> list[Any]:
         taken.append(narrow(batch, 0, samples))
         samples -= size(batch)
     return taken
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """Run a batch: a tensor, a mapping of arguments, or a tuple whose first item is the input."""
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, list | tuple) and batch:
+        return model(batch[0])
+    raise ConfigError(
+        f"A batch must be a tensor, a mapping, or a tuple whose first item is the input; got "
+        f"{type(batch).__name__}. Pass forward=lambda model, batch: ... for anything else."
+    )

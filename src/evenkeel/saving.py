@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from evenkeel import analog, models, norm
 from evenkeel.analog.device import Device, DeviceModel
+from evenkeel.balance.rescaled import put_around_empty, rescaled_paths
 from evenkeel.calibrate import Calibration
 from evenkeel.calibrate.match import matched_paths, put_behind_empty
 from evenkeel.errors import ConfigError
@@ -194,6 +195,7 @@ _NORMALIZERS: dict[str, Any] = {
 def _additions(network: nn.Module) -> dict[str, dict[str, Any]]:
     """What evenkeel has put into a network, by path, as far as a file must tell of it."""
     return {
+        "rescaled": dict.fromkeys(rescaled_paths(network), True),
         "matched": matched_paths(network),
         "normalizers": {
             path: {"type": type(m).__name__, **m.options()}
@@ -206,12 +208,12 @@ def _additions(network: nn.Module) -> dict[str, dict[str, Any]]:
 
 def _add(network: nn.Module, description: dict[str, Any], file: str | Path) -> Callable[[], None]:
     """Put into a network what a file's description tells of and it lacks; returns the way back."""
-    matched, normalizers, standardized = (
+    rescaled, matched, normalizers, standardized = (
         {path: how for path, how in description.get(kind, {}).items() if path not in there}
         for kind, there in _additions(network).items()
     )
     modules = dict(network.named_modules())
-    layers = [*matched, *standardized]
+    layers = [_bare(path, modules) for path in (*rescaled, *matched, *standardized)]
     wrong = [p for p in layers if p not in modules or weight_layer(modules[p]) is None]
     wrong += [p for p in normalizers if not norm.convert.is_normalizer(modules.get(p, network))]
     if wrong:
@@ -223,7 +225,11 @@ def _add(network: nn.Module, description: dict[str, Any], file: str | Path) -> C
         norm.standardize_weights_(network, [path], eps=eps).undo
         for path, eps in standardized.items()
     ]
-    put_behind_empty(network, matched)
+    for path in sorted((*rescaled, *matched), key=len):  # what is around another comes first
+        if path in rescaled:
+            put_around_empty(network, path)
+        else:
+            put_behind_empty(network, {path: matched[path]})
     for path, settings in normalizers.items():
         options = dict(settings)
         make = functools.partial(_NORMALIZERS[options.pop("type")], **options)
@@ -233,12 +239,20 @@ def _add(network: nn.Module, description: dict[str, Any], file: str | Path) -> C
                 setattr(network.get_submodule(path), name, settings[name])
 
     def undo() -> None:
-        for path in (*matched, *normalizers):
-            network.set_submodule(path, modules[path])
+        for path in (*rescaled, *matched, *normalizers):
+            if path in modules:
+                network.set_submodule(path, modules[path])
         for take_off in taken_off:
             take_off()
 
     return undo
+
+
+def _bare(path: str, modules: dict[str, nn.Module]) -> str:
+    """The layer's own path, where wrappers were around it."""
+    while path not in modules and path.endswith(".layer"):
+        path = path.removesuffix(".layer")
+    return path
 
 
 def _device_from(config: dict[str, Any]) -> Device:

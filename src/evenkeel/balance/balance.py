@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from evenkeel.balance.apply import Carried, Move, move
 from evenkeel.balance.masses import Block, block_of
 from evenkeel.balance.optimizer_state import require_rule
+from evenkeel.balance.outputs import largest_change, numbers_in, require_same
 from evenkeel.balance.solve import Solution, solve
 from evenkeel.draws import Draws
 from evenkeel.errors import ConfigError, GraphError
 from evenkeel.graph import Coverage, Scales, find_scales
+from evenkeel.layers import in_eval
 
 DEAD = "dead: it never fires, or is never read"
 
@@ -191,10 +193,10 @@ def balance_(
         for path, parameter in model.named_parameters():
             by.rescale_(path, parameter)
         error = max(
-            _difference(then, _outputs(model, probe))
+            largest_change(then, _outputs(model, probe))
             for then, probe in zip(expected, probes, strict=True)
         )
-        _require_same(error, model)
+        require_same(error, model)
     except BaseException:
         _write(model, before)
         raise
@@ -266,35 +268,8 @@ def _probes(example_inputs: Any) -> list[tuple[Any, ...]]:
 
 @torch.no_grad()
 def _outputs(model: nn.Module, args: tuple[Any, ...]) -> list[Tensor]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        leaves = torch.utils._pytree.tree_leaves(model.eval()(*args))
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
-
-
-def _difference(then: list[Tensor], now: list[Tensor]) -> float:
-    """Largest change, relative to the largest value."""
-    changes = [
-        float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(a.dtype).tiny))
-        for a, b in zip(then, now, strict=True)
-        if a.numel()
-    ]
-    return max(changes, default=0.0)
-
-
-def _require_same(error: float, model: nn.Module) -> None:
-    eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
-    allowed = max(1e-3, 32 * eps)
-    if not error <= allowed:
-        raise GraphError(
-            f"The outputs of {type(model).__name__} must stay the same; they changed by "
-            f"{error:.1e} of the largest, and the network is as it was. Either its outputs are "
-            f"random or not finite in eval mode, or an operation does not do what its rule says: "
-            f"please report it, with what evenkeel.graph.capture(model, inputs).graph prints."
-        )
+    with in_eval(model):
+        return numbers_in(model(*args))
 
 
 @torch.no_grad()

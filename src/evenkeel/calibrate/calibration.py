@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evenkeel.batches import size
-from evenkeel.calibrate.collect import Forward, collect, default_forward
+from evenkeel.batches import Forward, default_forward, size
+from evenkeel.calibrate.collect import collect
 from evenkeel.calibrate.estimate import ESTIMATORS, Shrinkage, shrink
 from evenkeel.calibrate.gate import HELD_OUT, misfits, split, verdict
 from evenkeel.calibrate.match import OutputMatch

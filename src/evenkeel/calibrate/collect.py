@@ -8,32 +8,18 @@ batch statistics meanwhile, they are written where the normalizer will read them
 """
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from evenkeel.batches import Forward, default_forward
 from evenkeel.calibrate.statistics import in_eval, normalizers_of, uncompiled
 from evenkeel.errors import CalibrationError, ConfigError
 from evenkeel.moments import BatchMoments
 
-Forward = Callable[[nn.Module, Any], Any]
 Collected = dict[str, list[BatchMoments]]
-
-
-def default_forward(model: nn.Module, batch: Any) -> Any:
-    """Run a batch: a tensor, a mapping of arguments, or a tuple whose first item is the input."""
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, list | tuple) and batch:
-        return model(batch[0])
-    raise CalibrationError(
-        f"A batch must be a tensor, a mapping, or a tuple whose first item is the input; got "
-        f"{type(batch).__name__}. Pass forward=lambda model, batch: ... for anything else."
-    )
 
 
 @torch.no_grad()

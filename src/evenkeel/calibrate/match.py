@@ -8,7 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from evenkeel.calibrate.collect import Forward, default_forward, measured
+from evenkeel.batches import Forward, default_forward
+from evenkeel.calibrate.collect import measured
 from evenkeel.calibrate.statistics import in_eval, uncompiled
 from evenkeel.errors import CalibrationError
 from evenkeel.layers import chosen_paths, restore_precision, running_normalizers, weight_layer

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from evenkeel.calibrate.collect import Forward, collect, default_forward
+from evenkeel.batches import Forward, default_forward
+from evenkeel.calibrate.collect import collect
 from evenkeel.calibrate.estimate import pooled
 from evenkeel.calibrate.statistics import normalizers_of, read, write
 from evenkeel.errors import CalibrationError

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export.graph_signature import InputKind
 
 from evenkeel.errors import GraphError
+from evenkeel.layers import in_eval
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,11 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
         GraphError: it cannot be exported; the message tells where and why.
     """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    modes = {module: module.training for module in model.modules()}
+    from torch.export.graph_signature import InputKind  # the exporter is slow to import
+
     try:
-        program = torch.export.export(model.eval(), args, dynamic_shapes=_free_batch(args))
+        with in_eval(model):
+            program = torch.export.export(model, args, dynamic_shapes=_free_batch(args))
     except Exception as error:  # torch raises many kinds, of which few have a common parent
         raise GraphError(
             f"{type(model).__name__} cannot be captured by torch.export: {_first_line(error)}\n"
@@ -51,9 +53,6 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
             f"branch a torch.where, or hand over the part of the network without it; "
             f"torch.export.export(model.eval(), example_inputs) shows the whole trace."
         ) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if any(_changes_others(node) for node in program.graph.nodes):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of torch's own doing
