@@ -14,8 +14,9 @@ import evenkeel as ek
 SOURCE = Path(ek.__file__).parent
 SURFACE = Path(__file__).with_name("api_surface.json")
 
-GROUND = {"errors", "files", "batches", "protocols", "provenance", "draws", "layers", "moments"}
-METHODS = {"analog", "calibrate", "norm"}
+GROUND = {"errors", "files", "batches", "protocols", "provenance", "draws", "layers", "moments",
+          "graph"}  # fmt: skip
+METHODS = {"analog", "balance", "calibrate", "norm"}
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     **{method: GROUND | {method} for method in METHODS},
@@ -68,8 +69,8 @@ def test_an_import_is_cheap_and_silent():
 
 def surface() -> dict[str, list[str]]:
     """Public names of each public module."""
-    rooms = ("", ".analog", ".calibrate", ".audit", ".data", ".models", ".layers", ".norm",
-             ".protocols", ".studies", ".testing")  # fmt: skip
+    rooms = ("", ".analog", ".audit", ".balance", ".calibrate", ".data", ".graph", ".layers",
+             ".models", ".norm", ".protocols", ".studies", ".testing")  # fmt: skip
     modules = {f"evenkeel{room}": importlib.import_module(f"evenkeel{room}") for room in rooms}
     return {
         name: sorted(

@@ -69,3 +69,15 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
         f"A batch must be a tensor, a mapping, or a tuple whose first item is the input; got "
         f"{type(batch).__name__}. Pass forward=lambda model, batch: ... for anything else."
     )
+
+
+def example_of(batch: Any) -> Tensor:
+    """Two samples of a batch's input, to capture a network with."""
+    x = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    if isinstance(x, Tensor):
+        return x[:2]
+    raise ConfigError(
+        f"To capture a network, batches must be a tensor, or a tuple whose first item is one; got "
+        f"{type(batch).__name__}. Call ek.balance_(model, example_inputs) with what the network "
+        f"takes."
+    )

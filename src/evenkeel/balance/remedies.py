@@ -3,10 +3,11 @@
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
-from torch import Tensor, nn
+from torch import nn
 
 from evenkeel.balance.arrays import balance_arrays_
 from evenkeel.balance.balance import balance_
+from evenkeel.batches import example_of
 from evenkeel.errors import ConfigError, nearest
 from evenkeel.protocols import Bench
 
@@ -61,21 +62,8 @@ class BalanceWeights:
         if self.kind == "arrays":
             balance_arrays_(model, bench.batches, forward=bench.forward)
         else:
-            balance_(model, _inputs(bench.batches[0]), p=self.p)
+            balance_(model, example_of(bench.batches[0]), p=self.p)
 
     def to_dict(self) -> dict[str, Any]:
         """Settings and version."""
         return {"type": "BalanceWeights", "version": self.version, **asdict(self)}
-
-
-def _inputs(batch: Any) -> Any:
-    """What the network is called with for a batch."""
-    if isinstance(batch, Tensor):
-        return batch[:2]
-    if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor):
-        return batch[0][:2]
-    raise ConfigError(
-        f"balance needs batches that are a tensor, or a tuple whose first item is one, to capture "
-        f"the network with; got {type(batch).__name__}. Use balance:arrays, or balance the network "
-        f"beforehand: ek.balance_(model, example_inputs)."
-    )

@@ -10,6 +10,7 @@ def main() -> None:
     from cyclopts import App, CycloptsError
 
     from evenkeel.cli.audit import audit
+    from evenkeel.cli.balance import balance
     from evenkeel.cli.bench import bench
     from evenkeel.cli.data import data
     from evenkeel.cli.devices import devices
@@ -27,6 +28,7 @@ def main() -> None:
     app.command(data)
     app.command(train)
     app.command(study)
+    app.command(balance)
     app.command(inspect)
     app.command(bench)
     try:
