@@ -8,11 +8,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from evenkeel.train import checkpoint as checkpoints
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+
+AfterStep = Callable[[nn.Module, torch.optim.Optimizer], Callable[[], object]]
+
+
+def nesterov(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9 and weight decay 5e-4."""
+    return torch.optim.SGD(
+        model.parameters(), lr=learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+    """Up to the optimizer's learning rate, and down to zero."""
+    return OneCycleLR(optimizer, optimizer.param_groups[0]["lr"], total_steps=steps)
 
 
 def fit(
@@ -25,6 +41,9 @@ def fit(
     learning_rate: float = 0.2,
     augment: Callable[[Tensor], Tensor] = lambda x: x,
     seed: int = 0,
+    make_optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] = nesterov,
+    make_schedule: Callable[[torch.optim.Optimizer, int], LRScheduler] = one_cycle,
+    after_step: AfterStep = lambda model, optimizer: lambda: None,
     fabric: "Fabric | None" = None,
     checkpoint: Path | None = None,
     identity: Mapping[str, Any] | None = None,
@@ -32,7 +51,7 @@ def fit(
     on_epoch: Callable[[dict[str, Any]], None] = lambda facts: None,
     watch: Callable[[nn.Module], dict[str, Any]] = lambda model: {},
 ) -> nn.Module:
-    """Train a classifier with SGD and a one-cycle schedule; the global generator is put back.
+    """Train a classifier, by default with SGD and one cycle; the global generator is put back.
 
     Args:
         make_model: builds the network; called under the seed.
@@ -44,6 +63,9 @@ def fit(
         learning_rate: peak of the schedule.
         augment: changes a batch of inputs.
         seed: of the initialisation, the order and the augmentation.
+        make_optimizer: from the network and the learning rate.
+        make_schedule: from the optimizer and the number of steps.
+        after_step: from the network and the optimizer to what is done after each of its steps.
         fabric: a launched lightning-fabric ``Fabric``, for its devices and precision.
         checkpoint: file to go on from, written after every epoch. A run that was killed ends as one
             that was not.
@@ -70,12 +92,9 @@ def fit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make_model().train()
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
-        )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, learning_rate, total_steps=epochs * steps
-        )
+        optimizer = make_optimizer(model, learning_rate)
+        schedule = make_schedule(optimizer, epochs * steps)
+        follow = after_step(model, optimizer)
         parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
         history = _go_on(parts, checkpoint, identity)
         for facts in history:
@@ -96,6 +115,7 @@ def fit(
                 loss = F.cross_entropy(network(inputs), labels)
                 fabric.backward(loss) if fabric is not None else loss.backward()
                 stepper.step()
+                follow()
                 schedule.step()
                 total_loss += float(loss.detach())
                 on_step(epoch * steps + step + 1, epochs * steps)

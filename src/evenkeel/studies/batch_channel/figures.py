@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from evenkeel.files import write_atomically
 from evenkeel.studies.frame import Facts, markdown, svg
+from evenkeel.studies.measures import interval
 
 
 def draw(done: dict[str, Facts], folder: Path) -> list[Path]:
@@ -54,16 +55,6 @@ def _watched(run: Facts) -> bool:
 
 def _sizes(runs: Sequence[Facts]) -> list[int]:
     return sorted({run["together"] for run in runs} - {None})
-
-
-def interval(values: Sequence[float]) -> str:
-    """Mean, and half the 95 % interval of it by Student's t."""
-    if len(values) < 2:
-        return f"{values[0]:.2f}"
-    from scipy.stats import t
-
-    half = t.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
-    return f"{fmean(values):.2f} ± {half:.2f}"
 
 
 def _toy(figures: Facts) -> str:

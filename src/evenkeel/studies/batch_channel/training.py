@@ -13,6 +13,7 @@ from evenkeel.draws import Draws
 from evenkeel.models import build
 from evenkeel.norm import BatchChannelNorm2d, singularity
 from evenkeel.studies.frame import load_data, load_training_data
+from evenkeel.studies.measures import error
 from evenkeel.train import crop_and_flip, fit, launched
 
 WATCHED = 500
@@ -90,17 +91,6 @@ def trained(
     )
     checkpoint.unlink(missing_ok=True)
     return settings | {"epochs": known}
-
-
-@torch.no_grad()
-def error(network: nn.Module, batches: Any, device: torch.device) -> float:
-    """Percent wrong; a network that has left the numbers is wrong on all."""
-    wrong, total = 0, 0
-    for x, y in batches:
-        scores = network(x.to(device)).cpu()
-        right = (scores.argmax(1) == y) & scores.isfinite().all(1)
-        wrong, total = wrong + int((~right).sum()), total + len(y)
-    return 100 * wrong / total
 
 
 class Displaced(nn.Module):

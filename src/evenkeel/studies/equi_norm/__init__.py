@@ -1,0 +1,1 @@
+"""Equi-normalization: balanced networks, how fast, trained, and on analog arrays."""
