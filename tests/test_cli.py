@@ -200,3 +200,31 @@ def test_ctrl_c_says_what_to_do(here, network):
         _, errors = run.communicate()
     assert run.returncode == 130
     assert b"the same command goes on" in errors
+
+
+# ---- balance
+
+
+@pytest.mark.parametrize(("kind", "told"), [("norm", "free channels"), ("arrays", "noise power")])
+def test_balance_writes_what_it_says(here, monkeypatch, capsys, network, data, kind, told):
+    code, out, _ = command(
+        monkeypatch, capsys, "balance", "mine:network", "--weights", "weights.safetensors",
+        "--kind", kind, "--out", "out.safetensors", "--json", "out.json",
+    )  # fmt: skip
+    assert code == 0
+    assert told in out
+    assert json.loads(Path("out.json").read_text())["error"] < 1e-5
+    changed = ek.load("out.safetensors")
+    x = data.test[0][0]
+    torch.testing.assert_close(changed(x), network(x), rtol=1e-4, atol=1e-4)
+    old = network.blocks[0].conv1.weight
+    stored = [t for t in changed.state_dict().values() if t.shape == old.shape]
+    assert not any(torch.equal(t, old) for t in stored)
+
+
+def test_balance_says_what_to_do_without_weights(here, monkeypatch, capsys):
+    asked = "balance", "mine:network", "--out", "x.safetensors"
+    code, _, said = command(monkeypatch, capsys, *asked)
+    assert code == 2
+    assert "--weights" in said
+    assert not Path("x.safetensors").exists()

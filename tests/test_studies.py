@@ -23,6 +23,7 @@ from evenkeel.errors import ConfigError
 from evenkeel.layers import weight_layer
 from evenkeel.studies import SCALES, STUDIES, Desk, Part, Study, frame, run
 from evenkeel.studies.batch_channel import training
+from evenkeel.studies.equi_norm.training import trained as trained_balanced
 from evenkeel.studies.frame import as_lines, cells_of
 from evenkeel.studies.noise_aware import harden, study
 from evenkeel.studies.noise_aware.harden import CLIP, InjectedNoise, hardened_network
@@ -753,3 +754,53 @@ def test_the_toy_of_the_batch_channel_study(desk, tmp_path):
     assert figures["BCN"]["dead"] == figures["BCN running"]["dead"] == figures["BN"]["dead"] == 0
     assert figures["BCN"]["mean"] < 0.01 < 0.3 < figures["GN"]["mean"]
     assert "| GN |" in paths[-1].read_text()
+
+
+# ---- equi_norm
+
+
+@pytest.fixture
+def equi_norm(desk, tmp_path):
+    """Parts of the study at its smallest, as files."""
+    study = import_from(STUDIES["equi_norm"])
+
+    def done(*parts):
+        frame.run(study, "smoke", desk, tmp_path / "out", command="it", only=parts)
+        folder = tmp_path / "out" / "equi_norm" / "smoke"
+        return [
+            json.loads((folder / f"{part}.json").read_text())["figures"] for part in parts
+        ], folder
+
+    return done
+
+
+def test_the_solver_takes_few_rounds(equi_norm):
+    (figures,), folder = equi_norm("rounds")
+    for chain in figures["runs"]:
+        assert chain["rounds"]["layer by layer"] <= 8
+        assert chain["rounds"]["simultaneous"] <= 20
+        assert max(chain["excess"].values()) <= 1e-8
+    assert "| 7 | 64 |" in (folder / "tables.md").read_text()
+
+
+def test_balance_is_measured_on_arrays_and_in_training(equi_norm):
+    (arrays, dense, residual), folder = equi_norm("analog", "dense_0", "residual_0")
+    assert {cell["remedy"] for cell in arrays["cells"]} >= {"none", "balance", "balance:arrays"}
+    assert [one["method"] for one in dense["runs"]][:2] == ["baseline", "BN"]
+    assert all(0 <= one["epochs"][-1]["error"] <= 100 for one in residual["runs"])
+    text = (folder / "tables.md").read_text()
+    assert all(f"## {part}" in text for part in ("analog", "dense", "residual"))
+    assert {p.name for p in folder.glob("*.svg")} == {"dense.svg", "residual.svg"}
+
+
+def test_balanced_training_is_another_training(desk):
+    options = {
+        "data": "digits", "root": None, "cache": desk.cache, "norm": "none", "seed": 0,
+        "network": {"intermediate": 2, "width": 50}, "epochs": 2, "samples": 512, "batch_size": 64,
+        "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "augment": False,
+        "precision": "32-true",
+    }  # fmt: skip
+    runs = [trained_balanced(**options, depth_factor=c)["epochs"] for c in (None, 1.2, 1.2)]
+    told = [[(e["loss"], e["error"]) for e in one] for one in runs]
+    assert told[1] == told[2] != told[0]
+    assert runs[1][-1]["error"] < 60
