@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from evenkeel.balance.optimizer_state import transport_
+from evenkeel.balance.optimizer_state import require_rule, transport_
+from evenkeel.errors import ConfigError
 from evenkeel.graph import Leaf, Scaled, viewed
 
 
@@ -26,19 +27,22 @@ class Move:
             view.mul_(factor.pow(power).to(view.device, wide))
 
 
+def steps(z: Tensor, *, exact: bool = False) -> Tensor:
+    """The scales themselves."""
+    return (z / math.log(2)).round().exp2() if exact else z.exp()
+
+
 def move(places: Sequence[Scaled], z: Tensor, *, exact: bool = False) -> Move:
     """The way to log scales ``z`` (n + 1,), of which the last is 0.
 
     ``exact`` rounds scales to powers of two, by which multiplication is exact.
     """
-    power = torch.exp2 if exact else torch.exp
-    if exact:
-        z = (z / math.log(2)).round()
     factors: dict[str, list[tuple[Leaf, Tensor]]] = {}
+    by = steps(z, exact=exact)
     for place in places:
-        steps = z[place.rows] - z[place.columns]
-        if bool((steps != 0).any()):
-            factors.setdefault(place.leaf.path, []).append((place.leaf, power(steps)))
+        factor = by[place.rows] / by[place.columns]
+        if bool((factor != 1).any()):
+            factors.setdefault(place.leaf.path, []).append((place.leaf, factor))
     return Move(factors)
 
 
@@ -56,6 +60,11 @@ class Carried:
     optimizer: torch.optim.Optimizer | None
     copies: Sequence[nn.Module]
 
+    def __post_init__(self) -> None:
+        if self.optimizer is not None:
+            require_rule(self.optimizer)
+        object.__setattr__(self, "copies", [_like(self.model, copy) for copy in self.copies])
+
     def rescale_(self, by: Move, *, back: bool = False) -> None:
         """Go where the parameters have gone, or back."""
         sign = -1 if back else 1
@@ -67,3 +76,15 @@ class Carried:
         for copy in self.copies:
             for path, parameter in copy.named_parameters():
                 by.rescale_(path, parameter, sign)
+
+
+def _like(model: nn.Module, copy: nn.Module) -> nn.Module:
+    """The copy, or what it holds, that has the model's parameters."""
+    names = [name for name, _ in model.named_parameters()]
+    for candidate in (copy, getattr(copy, "module", None)):
+        if candidate is not None and [name for name, _ in candidate.named_parameters()] == names:
+            return candidate
+    raise ConfigError(
+        f"copies must be networks with the same parameters as {type(model).__name__}; "
+        f"{type(copy).__name__} has others."
+    )

@@ -7,17 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evenkeel.balance.apply import Carried, Move, move
+from evenkeel.balance.apply import Carried, Move, move, steps
 from evenkeel.balance.masses import Block, block_of
-from evenkeel.balance.optimizer_state import require_rule
 from evenkeel.balance.outputs import largest_change, numbers_in, require_same
-from evenkeel.balance.solve import Solution, solve
+from evenkeel.balance.solve import solve
 from evenkeel.draws import Draws
 from evenkeel.errors import ConfigError, GraphError
 from evenkeel.graph import Coverage, Scales, find_scales
 from evenkeel.layers import in_eval
-
-DEAD = "dead: it never fires, or is never read"
 
 
 @dataclass
@@ -49,6 +46,7 @@ class Balance:
     _move: Move = field(repr=False)
     _carried: Carried = field(repr=False)
     _versions: dict[str, int] = field(repr=False)
+    _undone: bool = field(default=False, repr=False)
 
     @property
     def free(self) -> int:
@@ -63,6 +61,8 @@ class Balance:
         """
         parameters = dict(self._model.named_parameters())
         changed = [p for p, version in self._versions.items() if parameters[p]._version != version]
+        if self._undone:
+            return
         if changed:
             raise ConfigError(
                 f"The network has changed since it was balanced ('{changed[0]}'), and undoing "
@@ -70,7 +70,7 @@ class Balance:
             )
         _write(self._model, self._before)
         self._carried.rescale_(self._move, back=True)
-        self._versions = _versions(self._model, self._before)
+        self._undone = True
 
     def to_dict(self) -> dict[str, Any]:
         """All but the scales themselves, for JSON."""
@@ -172,12 +172,11 @@ def balance_(
     for name, value in (("p", p), ("depth_factor", depth_factor), ("tolerance", tolerance)):
         if not value > 0:
             raise ConfigError(f"{name} must be above 0; got {value!r}.")
-    if optimizer is not None:
-        require_rule(optimizer)
+    carried = Carried(model, optimizer, copies)
     scales = find_scales(model, example_inputs)
     blocks = blocks_of(model, scales, p=p, depth_factor=depth_factor, biases=biases)
     solution = solve(blocks, scales.number, p=p, tolerance=tolerance)
-    coverage = _with_dead(scales, solution)
+    coverage = scales.covered(solution.live)
     if not any(layer.free for layer in coverage):
         reasons = {why for layer in coverage for why in layer.pinned}
         raise GraphError(
@@ -186,7 +185,6 @@ def balance_(
         )
     by = move(scales.places, solution.z, exact=exact)
     before = {p: v.detach().clone() for p, v in model.named_parameters() if p in by.factors}
-    carried = Carried(model, optimizer, copies)
     probes = _probes(example_inputs)
     expected = [_outputs(model, probe) for probe in probes]
     try:
@@ -214,17 +212,22 @@ def balance_(
         rounds=solution.rounds,
         coverage=coverage,
         unknown=scales.unknown,
-        scales={
-            place.leaf.path: solution.z[place.rows].exp().reshape(-1)
-            for place in scales.places
-            if not place.bias
-        },
+        scales=_by_layer(scales, steps(solution.z, exact=exact)),
         _model=model,
         _before=before,
         _move=by,
         _carried=carried,
         _versions=_versions(model, before),
     )
+
+
+def _by_layer(scales: Scales, factors: Tensor) -> dict[str, Tensor]:
+    """What each layer's outputs were multiplied by."""
+    found: dict[str, list[Tensor]] = {}
+    for place in scales.places:
+        if not place.bias:
+            found.setdefault(place.leaf.path, []).append(factors[place.channels])
+    return {path: torch.cat(of) for path, of in found.items()}
 
 
 def blocks_of(
@@ -237,20 +240,6 @@ def blocks_of(
         for place in scales.places
     ]
     return [replace(block, mass=block.mass.cpu()) for block in blocks]
-
-
-def _with_dead(scales: Scales, solution: Solution) -> list[Coverage]:
-    """Dead channels are not free."""
-    coverage = {layer.layer: layer for layer in scales.coverage}
-    live = torch.cat([solution.live, torch.tensor([True])])
-    for place in scales.places:
-        dead = int((~live[place.rows]).sum())
-        if dead and not place.bias:
-            layer = coverage[place.leaf.path]
-            coverage[place.leaf.path] = replace(
-                layer, free=layer.free - dead, pinned=layer.pinned | {DEAD: dead}
-            )
-    return list(coverage.values())
 
 
 def _probes(example_inputs: Any) -> list[tuple[Any, ...]]:

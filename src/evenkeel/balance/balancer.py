@@ -68,10 +68,8 @@ class Balancer:
         for name, value in (("p", p), ("depth_factor", depth_factor)):
             if not value > 0:
                 raise ConfigError(f"{name} must be above 0; got {value!r}.")
-        if optimizer is not None:
-            require_rule(optimizer)
-        self.scales = find_scales(model, example_inputs)
         self._carried = Carried(model, optimizer, copies)
+        self.scales = find_scales(model, example_inputs)
         self._options: dict[str, Any] = {"p": p, "depth_factor": depth_factor, "biases": biases}
 
     @torch.no_grad()
@@ -80,9 +78,13 @@ class Balancer:
 
         Processes that train together take the first one's scales.
         """
+        if self._carried.optimizer is not None:
+            require_rule(self._carried.optimizer)  # its state may have come since
         z = self._steps()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
+            z = z.to(next(self._carried.model.parameters()).device)
             torch.distributed.broadcast(z, src=0)
+            z = z.cpu()
         by = move(self.scales.places, z)
         for path, parameter in self._carried.model.named_parameters():
             by.rescale_(path, parameter)

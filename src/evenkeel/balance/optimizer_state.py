@@ -48,6 +48,13 @@ def require_rule(optimizer: torch.optim.Optimizer) -> Mapping[str, int]:
             "RMSprop with momentum sums steps that are free of scale, for which there is no exact "
             "rule. Use momentum=0, or balance before the optimizer is made."
         )
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if name not in (*powers, "step") and getattr(value, "shape", None) == parameter.shape:
+                raise ConfigError(
+                    f"{type(optimizer).__name__} keeps '{name}', for which there is no rule. "
+                    f"Balance before the optimizer is made."
+                )
     return powers
 
 
@@ -60,10 +67,7 @@ def transport_(
     for parameter in parameters:
         if parameter.grad is not None:
             rescale(parameter, parameter.grad, -1)
-        for name, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
-                if name not in powers:
-                    raise ConfigError(
-                        f"{type(optimizer).__name__} keeps '{name}', for which there is no rule."
-                    )
-                rescale(parameter, value, powers[name])
+        state = optimizer.state.get(parameter, {})
+        for name, power in powers.items():
+            if isinstance(state.get(name), Tensor):  # one that has no state yet may hold None
+                rescale(parameter, state[name], power)

@@ -24,7 +24,8 @@ class Solution:
 
     Attributes:
         z: log scales (n + 1,); the last is 0 and stands for all that is pinned.
-        live: variables that the problem has a say in (n,); the others are left at 0.
+        live: variables that have a best value (n,). The others are moved together, out of the way:
+            weights that only they have do not grow.
         rounds: coarse solves, each with a sweep.
         value: of the objective over what can be moved.
         excess: bound on how far ``value`` is above the least one, relative to it.
@@ -57,7 +58,8 @@ def solve(
             half the rounds.
         max_rounds: when to stop at the latest.
     """
-    alive = live(blocks, number)
+    fired, read = reach(blocks, number)
+    alive = fired & read
     problem = _Problem([_moving(block, alive) for block in blocks], alive, p)
     z = torch.zeros(number + 1, dtype=torch.float64)
     rounds, bound = 0, math.inf if bool(alive[:-1].any()) else 0.0
@@ -67,14 +69,17 @@ def solve(
         rounds += 1
         if decrease <= 100 * tolerance * problem.value(z) or rounds == max_rounds:
             bound = problem.excess(z)
-    return Solution(z, alive[:-1], rounds, problem.value(z), bound)
+    value = problem.value(z)
+    z[~read], z[read & ~fired] = float(z.min()), float(z.max())  # of which 0 is one
+    return Solution(z, alive[:-1], rounds, value, bound)
 
 
-def live(blocks: Sequence[Block], number: int) -> Tensor:
-    """Variables that lie on a way from what is pinned to what is pinned, over weights not zero.
+def reach(blocks: Sequence[Block], number: int) -> tuple[Tensor, Tensor]:
+    """Variables that something pinned reaches over weights that are not zero; that reach it.
 
-    The others belong to channels that never fire or are never read: their scale has no best value,
-    it would run to zero or infinity. The last entry (n + 1,) stands for all that is pinned.
+    A channel without the first never fires, one without the second is never read: their scale has
+    no best value, it would run to infinity or zero. The last entry (n + 1,) stands for all that is
+    pinned.
     """
 
     def reached(forward: bool) -> Tensor:
@@ -89,7 +94,7 @@ def live(blocks: Sequence[Block], number: int) -> Tensor:
                     seen[block.columns] = seen[block.columns].where(block.out_of(seen) == 0, 1.0)
         return seen > 0
 
-    return reached(True) & reached(False)
+    return reached(True), reached(False)
 
 
 def _moving(block: Block, alive: Tensor) -> Block:

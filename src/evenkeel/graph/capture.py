@@ -44,7 +44,8 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
     from torch.export.graph_signature import InputKind  # the exporter is slow to import
 
     try:
-        with in_eval(model):
+        with in_eval(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # nn.RNN notes its own attributes
             program = torch.export.export(model, args, dynamic_shapes=_free_batch(args))
     except Exception as error:  # torch raises many kinds, of which few have a common parent
         raise GraphError(
@@ -53,7 +54,7 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
             f"branch a torch.where, or hand over the part of the network without it; "
             f"torch.export.export(model.eval(), example_inputs) shows the whole trace."
         ) from error
-    if any(_changes_others(node) for node in program.graph.nodes):
+    if _changes_others(program.graph):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of torch's own doing
             program = program.run_decompositions({})  # none, but nothing is in place afterwards
@@ -74,20 +75,24 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
 
 def _free_batch(args: tuple[Any, ...]) -> Any:
     """Leave the first axis open, where the network does."""
-    return torch.utils._pytree.tree_map(
-        lambda a: {0: torch.export.Dim.AUTO} if isinstance(a, Tensor) and a.dim() else None, args
-    )
+    shapes = torch.export.ShapesCollection()
+    for leaf in torch.utils._pytree.tree_leaves(args):
+        if isinstance(leaf, Tensor) and leaf.dim():
+            shapes[leaf] = {0: torch.export.Dim.AUTO}
+    return shapes
 
 
-def _changes_others(node: fx.Node) -> bool:
+def _changes_others(graph: fx.Graph) -> bool:
     """Whether an operation in place changes what is read under another name afterwards."""
-    if not _is_in_place(node):
-        return False
-    target = node.args[0]
-    if not isinstance(target, fx.Node) or target.op != "call_function":
-        return True
-    later = any(user is not node and user > node for user in target.users)
-    return later or (_is_alias(target) and not _is_in_place(target))
+    same_memory: dict[fx.Node, list[fx.Node]] = {}  # by node, all that share its memory so far
+    for node in graph.nodes:
+        target = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        known = same_memory[target] if target is not None and _is_alias(node) else []
+        if _is_in_place(node) and any(u > node for m in known for u in m.users if u is not node):
+            return True
+        same_memory[node] = known
+        known.append(node)
+    return False
 
 
 def _is_in_place(node: fx.Node) -> bool:
@@ -96,6 +101,7 @@ def _is_in_place(node: fx.Node) -> bool:
 
 
 def _is_alias(node: fx.Node) -> bool:
+    """Whether the result may be the memory of the first argument."""
     schema = getattr(node.target, "_schema", None)
     return schema is None or any(result.alias_info is not None for result in schema.returns)
 

@@ -42,11 +42,11 @@ class Labels:
 
     def is_pinned(self, labels: Tensor) -> Tensor:
         """Where the scale is 1 for good, or does not matter."""
-        return self._by_label(labels, lambda x: x == ZERO or self._root(x) in self._reason)
+        return self._by_label(labels, lambda x: x == ZERO or self._root(x) in self._reason).bool()
 
     def roots(self, labels: Tensor) -> Tensor:
         """One label for all that are tied."""
-        return self._by_label(labels, lambda x: x if x == ZERO else self._root(x))
+        return self._by_label(labels, lambda x: x if x == ZERO else self._root(x)).long()
 
     def reason(self, label: int) -> str | None:
         """Why a label is pinned; None where it is free."""

@@ -98,7 +98,7 @@ def clamped(
     """A bound at zero, from below, is a ReLU."""
     low, high = kwargs.get("min", low), kwargs.get("max", high)
     replaced = name_of(node.target) == "threshold" and high == 0
-    if low == 0 and (high is None or replaced):
+    if isinstance(low, int | float) and low == 0 and (high is None or replaced):
         return tracer.act(x)
     return tracer.give_up(node, (x, low, high), "a bound other than 0 lets no scale pass")
 
@@ -172,6 +172,11 @@ def chosen(tracer: Tracer, node: fx.Node, condition: Any, a: Any, b: Any) -> Any
 def filled(tracer: Tracer, node: fx.Node, x: Any, mask: Any, value: Any) -> Any:
     """Likewise."""
     return None if isinstance(mask, Act | Leaf) else added(tracer, node, x, value)
+
+
+def copied(tracer: Tracer, node: fx.Node, x: Any, source: Any, *_: Any) -> Any:
+    """What is written over is forgotten."""
+    return tracer.act(source, shape_of(node.meta["val"]))
 
 
 def divided(tracer: Tracer, node: fx.Node, a: Any, b: Any, **kwargs: Any) -> Any:

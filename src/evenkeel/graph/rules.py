@@ -30,8 +30,9 @@ _TABLE: list[tuple[Rule, str]] = [
     (passing.viewed, """view reshape _unsafe_view flatten unflatten permute transpose t numpy_T mT
         movedim swapaxes slice select narrow diagonal unsqueeze squeeze chunk split
         split_with_sizes tensor_split unsafe_chunk unsafe_split unbind"""),
-    (passing.moved, """cat stack expand expand_as broadcast_to repeat tile roll flip rot90
+    (passing.moved, """cat stack expand expand_as view_as broadcast_to repeat tile roll flip rot90
         pixel_shuffle pixel_unshuffle channel_shuffle unfold slice_scatter select_scatter"""),
+    (passing.copied, "copy"),
     (passing.picked, "index index_select gather repeat_interleave"),
     (passing.item, "getitem"),
     (passing.size, "sym_size"),

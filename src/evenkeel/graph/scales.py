@@ -14,6 +14,7 @@ from evenkeel.graph.trace import Leaf, Tracer, Use
 
 PINNED = -1
 """The variable of what may not be moved."""
+DEAD = "dead: it never fires, or is never read"
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Scaled:
         leaf: the parameter, or the view of it that is used.
         rows: variables of what the elements feed, broadcast against the view; -1 for none.
         columns: variables of what they read.
+        channels: variables of the outputs, one each.
+        pinned: why outputs may not be moved, and how many for each reason.
         depth: of the layer: layers with weights up to it, along the longest way.
         bias: whether it is added rather than multiplied by.
     """
@@ -31,6 +34,8 @@ class Scaled:
     leaf: Leaf
     rows: Tensor
     columns: Tensor
+    channels: Tensor
+    pinned: dict[str, int]
     depth: int
     bias: bool
 
@@ -58,15 +63,37 @@ class Scales:
 
     Attributes:
         number: of variables: scales that may be moved independently.
-        places: where parameters work, each parameter's element once.
-        coverage: by layer, in order of use.
+        places: where parameters work, each element of a parameter once.
         unknown: operations without a rule, and how often each occurs.
     """
 
     number: int
     places: Sequence[Scaled]
-    coverage: Sequence[Coverage]
     unknown: dict[str, int]
+
+    @property
+    def coverage(self) -> list[Coverage]:
+        """By layer."""
+        return self.covered(torch.ones(self.number, dtype=torch.bool))
+
+    def covered(self, live: Tensor) -> list[Coverage]:
+        """By layer, where only some variables (number,) are alive."""
+        layers: dict[str, Coverage] = {}
+        for place in self.places:
+            if place.bias:
+                continue
+            free = place.channels[place.channels != PINNED]
+            dead = int((~live[free]).sum())
+            why = Counter(place.pinned) + Counter({DEAD: dead})
+            path = place.leaf.path
+            before = layers.get(path, Coverage(path, 0, 0, {}))
+            layers[path] = Coverage(
+                path,
+                before.channels + len(place.channels),
+                before.free + len(free) - dead,
+                dict((Counter(before.pinned) + why).most_common()),
+            )
+        return list(layers.values())
 
 
 def find_scales(model: nn.Module, example_inputs: Any) -> Scales:
@@ -104,33 +131,17 @@ def find_scales(model: nn.Module, example_inputs: Any) -> Scales:
     def variables(of: Tensor) -> Tensor:
         return torch.where(of < 0, PINNED, numbers[of.clamp_min(0)])
 
-    coverage = []
-    for use in tracer.uses:
-        if use.bias:
-            continue
-        reasons = Counter(labels.reason(label) for label in use.rows.reshape(-1).tolist())
-        coverage.append(
-            Coverage(
-                use.leaf.path,
-                use.rows.numel(),
-                reasons.pop(None, 0),
-                {str(why): count for why, count in reasons.most_common()},
-            )
+    def scaled(use: Use) -> Scaled:
+        outputs = use.rows.unique()  # labels go up with the channels
+        reasons = Counter(why for label in outputs.tolist() if (why := labels.reason(label)))
+        return Scaled(
+            use.leaf,
+            variables(use.rows),
+            variables(use.columns),
+            variables(outputs),
+            dict(reasons),
+            use.depth,
+            use.bias,
         )
-    places = [
-        Scaled(use.leaf, variables(use.rows), variables(use.columns), use.depth, use.bias)
-        for use in _once(tracer.uses)
-    ]
-    return Scales(len(free), places, coverage, dict(tracer.unknown))
 
-
-def _once(uses: Sequence[Use]) -> list[Use]:
-    """The uses without those that repeat another; they are tied to it."""
-    seen: set[tuple[str, Any]] = set()
-    kept = []
-    for use in uses:
-        key = use.leaf.path, repr(use.leaf.view)
-        if key not in seen:
-            kept.append(use)
-        seen.add(key)
-    return kept
+    return Scales(len(free), [scaled(use) for use in tracer.uses], dict(tracer.unknown))

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,7 @@ class Tracer:
         self.unknown: Counter[str] = Counter()
         self._captured = captured
         self._rules = rules
+        self._names = {id(p): name for name, p in captured.model.named_parameters()}
         self._fixed: dict[str, str] = {}  # parameters that must stay as they are
 
     def run(self) -> None:
@@ -102,7 +103,9 @@ class Tracer:
             if isinstance(what, Tensor):
                 return what
             value = _reach(model, what)
-            return Leaf(what, value.detach()) if isinstance(value, nn.Parameter) else value
+            if isinstance(value, nn.Parameter):
+                return Leaf(self._names[id(value)], value.detach())
+            return value
         example = self._captured.inputs[name]
         if isinstance(example, Tensor):
             return Act(torch.tensor(FIXED).expand(example.shape))
@@ -187,24 +190,44 @@ class Tracer:
         by_path: dict[str, list[Use]] = {}
         for use in self.uses:
             by_path.setdefault(use.leaf.path, []).append(use)
+        self.uses = []
         for path, uses in by_path.items():
-            first = uses[0]
-            alike = all(
-                u.leaf.view == first.leaf.view
-                and (u.rows.shape, u.columns.shape) == (first.rows.shape, first.columns.shape)
-                for u in uses
-            )
             why = self._fixed.get(path)
-            if why is None and not alike and _overlap(_reach(self._captured.model, path), uses):
+            if why is None and not _alike(uses) and self._overlap(path, uses):
                 why = f"{path} is used in several ways"
-            for use in uses:
-                if why is not None:
+            if why is not None:
+                for use in uses:
                     self.labels.pin(use.rows, why)
                     self.labels.pin(use.columns, why)
-                elif alike:
-                    shared = f"{path} is used in several places"
-                    self.labels.tie(first.rows, use.rows, shared)
-                    self.labels.tie(first.columns, use.columns, shared)
+            self.uses += [self._joint(uses)] if why is None and _alike(uses) else uses
+
+    def _joint(self, uses: Sequence[Use]) -> Use:
+        """One use for several that are alike."""
+        rows, columns = uses[0].rows, uses[0].columns
+        for use in uses[1:]:  # a place that reads zeros says nothing of the scale
+            columns = torch.where(columns == ZERO, use.columns, columns)
+        for use in uses:
+            why = f"{use.leaf.path} is used in several places"
+            self.labels.tie(rows, use.rows, why)
+            self.labels.tie(columns, use.columns, why)
+        return replace(uses[0], columns=columns, depth=max(use.depth for use in uses))
+
+    def _overlap(self, path: str, uses: Sequence[Use]) -> bool:
+        """Whether some element is in more than one of the views."""
+        parameter = _reach(self._captured.model, path)
+        elements = torch.arange(parameter.numel()).view(parameter.shape)
+        seen = torch.cat([viewed(elements, use.leaf.view).reshape(-1) for use in uses])
+        return len(seen.unique()) < len(seen)
+
+
+def _alike(uses: Sequence[Use]) -> bool:
+    """Whether all use a parameter in the same way."""
+    first = uses[0]
+    return all(
+        (u.leaf.view, u.rows.shape, u.columns.shape)
+        == (first.leaf.view, first.rows.shape, first.columns.shape)
+        for u in uses
+    )
 
 
 def viewed(parameter: Tensor, view: View) -> Tensor:
@@ -212,13 +235,6 @@ def viewed(parameter: Tensor, view: View) -> Tensor:
     for operation, args, kwargs in view:
         parameter = operation(parameter, *args, **kwargs)
     return parameter
-
-
-def _overlap(parameter: Tensor, uses: Sequence[Use]) -> bool:
-    """Whether some element is in more than one of the views."""
-    elements = torch.arange(parameter.numel()).view(parameter.shape)
-    seen = torch.cat([viewed(elements, use.leaf.view).reshape(-1) for use in uses])
-    return len(seen.unique()) < len(seen)
 
 
 def _reach(model: nn.Module, path: str) -> Any:

@@ -38,10 +38,11 @@ def draw(done: dict[str, Facts], folder: Path) -> list[Path]:
 HEAD = """# Batch-channel normalization: figures
 
 Written by `evenkeel study batch_channel`. One learning rate for all normalizers, tuned for none;
-batch norm's momentum and the update rate of "running" are 0.1 throughout. Group norm does not see
-the batch, and stands in every column as it is. Of 128 samples, of which two are normalized
-together, "running" takes the pairs one after the other, so that a pair is normalized by what those
-before it have told, too."""
+batch norm's momentum is 0.1, and so is the update rate of "running" where no other is named.
+Trained in bfloat16, with statistics in float32. Group and layer norm do not see the batch, and
+stand in every column as they are. Of 128 samples, of which two are normalized together, "running"
+takes the pairs one after the other, so that a pair is normalized by what those before it have told,
+too."""
 
 
 def _gathered(done: dict[str, Facts], kind: str) -> list[Facts]:
