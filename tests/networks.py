@@ -1,7 +1,8 @@
 """Small networks of every kind, and how many of their channels' scales can be moved.
 
 Each has its numbers by derivation, not by running the code: ``scales`` is the number of scales that
-move independently, ``free`` that of output channels of layers, each layer once, that move with them.
+move independently, ``free`` that of the layers' output channels that move with them; a layer that
+is used several times counts once.
 """
 
 import itertools

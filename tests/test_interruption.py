@@ -82,3 +82,31 @@ def test_killed_twenty_times_an_audit_ends_as_if_undisturbed(network, tmp_path):
     results = [json.loads(Path(f"{path}.json").read_text()) for path in (store, undisturbed)]
     assert results[0] == results[1]
     assert len(finished(store)) == 240
+
+
+def test_workers_do_not_outlive_the_audit_that_asked_for_them():
+    script = (
+        "import os, time\n"
+        "from evenkeel.audit.run import local_processes\n"
+        "if __name__ == '__main__':\n"
+        "    pool = local_processes(1, 'x')\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 600).result()\n"
+    )
+    asking = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    worker = int(asking.stdout.readline())
+    os.kill(worker, 0)  # it is there
+    asking.kill()
+    asking.communicate()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and is_running(worker):
+        time.sleep(0.2)
+    assert not is_running(worker)
+
+
+def is_running(pid: int) -> bool:
+    """Neither gone nor waiting for a parent to take note of its end."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
