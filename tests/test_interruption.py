@@ -97,10 +97,11 @@ def test_workers_do_not_outlive_the_audit_that_asked_for_them():
     worker = int(asking.stdout.readline())
     os.kill(worker, 0)  # it is there
     asking.kill()
-    asking.communicate()
-    deadline = time.monotonic() + 30
+    asking.wait()
+    deadline = time.monotonic() + 15
     while time.monotonic() < deadline and is_running(worker):
         time.sleep(0.2)
+    asking.stdout.close()
     assert not is_running(worker)
 
 
