@@ -100,12 +100,10 @@ class Tracer:
         model, held = self._captured.model, self._captured.held
         if name in held:
             what = held[name]
-            if isinstance(what, Tensor):
-                return what
-            value = _reach(model, what)
+            value = what if isinstance(what, Tensor) else _reach(model, what)
             if isinstance(value, nn.Parameter):
                 return Leaf(self._names[id(value)], value.detach())
-            return value
+            return value.cpu()  # where the labels are
         example = self._captured.inputs[name]
         if isinstance(example, Tensor):
             return Act(torch.tensor(FIXED).expand(example.shape))
@@ -116,7 +114,8 @@ class Tracer:
         if name.startswith(("_assert", "sym_constrain")):
             return None
         if not any(isinstance(v, Act | Leaf) for v in leaves((args, kwargs))):
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            here = {"device": torch.device("cpu")} if "device" in kwargs else {}
+            return node.target(*args, **kwargs | here)  # type: ignore[operator]
         rule = self._rules.get(name)
         done = rule(self, node, *args, **kwargs) if rule is not None else None
         return self.give_up(node, (args, kwargs)) if done is None else done
