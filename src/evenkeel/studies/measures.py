@@ -21,7 +21,9 @@ def error(network: nn.Module, batches: Any, device: torch.device) -> float:
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean, and half the 95 % interval of it by Student's t."""
+    """Mean, and half the 95 % interval of it by Student's t; a dash for none."""
+    if not values:
+        return "–"
     if len(values) < 2:
         return f"{values[0]:.2f}"
     from scipy.stats import t
