@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evenkeel.errors import ConfigError
+from evenkeel.errors import CalibrationError, ConfigError
 
 Forward = Callable[[nn.Module, Any], Any]
 """How to run a model on a batch."""
@@ -65,7 +65,7 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
         return model(**batch)
     if isinstance(batch, list | tuple) and batch:
         return model(batch[0])
-    raise ConfigError(
+    raise CalibrationError(
         f"A batch must be a tensor, a mapping, or a tuple whose first item is the input; got "
         f"{type(batch).__name__}. Pass forward=lambda model, batch: ... for anything else."
     )
