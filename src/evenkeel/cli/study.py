@@ -22,7 +22,7 @@ def study(
     part: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
     data_root: Path | None = None,
     networks: Path = Path("results/cifar10"),
-    cache: Path = Path(".cache/studies"),
+    cache: Path = Path(".studies"),
     out: Path = Path("results"),
     workers: int | None = None,
 ) -> None:
