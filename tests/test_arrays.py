@@ -137,6 +137,17 @@ def test_it_is_saved_and_loaded(network, data, tmp_path):
     assert torch.equal(ek.load(tmp_path / "chip.safetensors")(x), chip(x))
 
 
+def test_undo_leaves_a_match_that_was_put_inside(network, data):
+    x = data.calibration[0][0]
+    expected = network(x)
+    done = balance_arrays_(network, [x])
+    ek.calibrate.match_(network, [x], layers=["classifier*"])
+    done.undo()
+    assert isinstance(network.classifier, ek.calibrate.Matched)
+    torch.testing.assert_close(network(x), expected)  # unfitted, a match changes nothing
+    assert not any(isinstance(m, Rescaled) for m in network.modules())
+
+
 def test_a_match_around_it_is_saved_and_loaded(network, data, tmp_path):
     x = data.calibration[0][0]
     ek.calibrate.match_(network, [x], layers=["classifier"])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.balance.outputs import largest_change, numbers_in, require_same
-from evenkeel.balance.rescaled import KINDS, Rescaled, columns, kernel_rank, product, wrap
+from evenkeel.balance.rescaled import KINDS, Rescaled, bare, columns, kernel_rank, product, wrap
 from evenkeel.batches import Forward, default_forward
 from evenkeel.errors import ConfigError
 from evenkeel.layers import in_eval, weight_layer
@@ -259,7 +259,7 @@ def _put_in(model: nn.Module, layer: Any, s: Tensor, u: Tensor) -> None:
 
 def _take_out(model: nn.Module, kept: dict[str, tuple[nn.Module, dict[str, Tensor]]]) -> None:
     for wrapper in [module for module in model.modules() if isinstance(module, Rescaled)]:
-        if any(wrapper.layer is layer for layer, _ in kept.values()):
+        if any(bare(wrapper) is layer for layer, _ in kept.values()):  # a match may lie between
             wrap(model, wrapper, wrapper.layer)
     with torch.no_grad():
         for layer, parameters in kept.values():

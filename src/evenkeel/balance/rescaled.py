@@ -68,12 +68,12 @@ def product(layer: nn.Module, input_scale: Tensor, output_scale: Tensor) -> Tens
 
 def kernel_rank(layer: nn.Module) -> int:
     """Axes of space: 0 for a linear layer."""
-    return len(getattr(_bare(layer), "kernel_size", ()))
+    return len(getattr(bare(layer), "kernel_size", ()))
 
 
 def columns(layer: Any) -> Tensor:
     """The input channel that each of a layer's weights reads, (O or 1, I / groups)."""
-    layer = _bare(layer)
+    layer = bare(layer)
     groups = getattr(layer, "groups", 1)
     inputs = getattr(layer, "in_channels", None) or layer.in_features
     outputs = getattr(layer, "out_channels", None) or layer.out_features
@@ -81,7 +81,7 @@ def columns(layer: Any) -> Tensor:
     return read.repeat_interleave(outputs // groups, 0) if groups > 1 else read
 
 
-def _bare(layer: Any) -> Any:
+def bare(layer: Any) -> Any:
     """The layer itself, within an array or another wrapper."""
     while not isinstance(layer, KINDS):
         layer = layer.layer
