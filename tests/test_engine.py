@@ -418,7 +418,7 @@ class Derived:
 
     def forward(self, moments, weight, bias):
         inverse = (moments.var + EPS).rsqrt()
-        return weight * inverse, bias.expand_as(inverse), (weight, inverse)
+        return (weight * inverse, bias.expand_as(inverse)), (weight, inverse)
 
     def backward(self, kept, d_scale, d_shift):
         self.calls += 1

@@ -3,6 +3,7 @@
 from evenkeel.layers.modes import in_eval as in_eval
 from evenkeel.layers.normalizers import RunningStatistics as RunningStatistics
 from evenkeel.layers.normalizers import running_normalizers as running_normalizers
+from evenkeel.layers.precision import lowered as lowered
 from evenkeel.layers.precision import restore_precision as restore_precision
 from evenkeel.layers.weights import WeightLayer as WeightLayer
 from evenkeel.layers.weights import chosen_paths as chosen_paths

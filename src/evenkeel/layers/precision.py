@@ -1,7 +1,8 @@
 """Buffers that keep their precision when a network is moved to a lower one."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 
@@ -19,3 +20,14 @@ def restore_precision(
         old, new = before[name], module._buffers[name]
         if old is not None and new is not None and new.dtype != old.dtype:
             module._buffers[name] = old.to(new.device)
+
+
+def lowered(
+    now: Mapping[str, Tensor | None], before: Mapping[str, Tensor | None], names: Iterable[str]
+) -> list[str]:
+    """Those of the named buffers that have fewer bits than before."""
+
+    def bits(of: Tensor | None) -> int:
+        return 0 if of is None else torch.finfo(of.dtype).bits
+
+    return [name for name in names if bits(now[name]) < bits(before[name])]

@@ -7,3 +7,4 @@ from evenkeel.moments.engine import Moments as Moments
 from evenkeel.moments.engine import Program as Program
 from evenkeel.moments.engine import measure as measure
 from evenkeel.moments.engine import normalize as normalize
+from evenkeel.moments.engine import normalize_and_tell as normalize_and_tell

@@ -32,24 +32,25 @@ class Moments(NamedTuple):
     positions: int
 
 
-Program = Callable[..., tuple[Tensor, Tensor]]
+Program = Callable[..., tuple[Tensor, ...]]
 """From moments and parameters to scale and shift, (N, C) each, in plain differentiable operations.
 
-It must be pure: it runs again where a second derivative is taken.
+It must be pure: it runs again where a second derivative is taken. What it gives besides is handed
+on, see :func:`normalize_and_tell`.
 """
 
 
 class Derived(Protocol):
     """A program that brings its derivative along, which saves small networks the autograd."""
 
-    def __call__(self, moments: Moments, *parameters: Any) -> tuple[Tensor, Tensor]:
+    def __call__(self, moments: Moments, *parameters: Any) -> tuple[Tensor, ...]:
         """As every program."""
 
-    def forward(self, moments: Moments, *parameters: Any) -> tuple[Tensor, Tensor, Any]:
+    def forward(self, moments: Moments, *parameters: Any) -> tuple[tuple[Tensor, ...], Any]:
         """The same values, and whatever ``backward`` needs of the way to them."""
 
-    def backward(self, kept: Any, d_scale: Tensor, d_shift: Tensor) -> Sequence[Tensor | None]:
-        """Gradients of mean, variance (None for zero) and of every parameter."""
+    def backward(self, kept: Any, *gradients: Tensor) -> Sequence[Tensor | None]:
+        """From the values' gradients those of mean, variance (None for zero), every parameter."""
 
 
 def measure(x: Tensor) -> Moments:
@@ -98,12 +99,23 @@ def normalize(
         >>> torch.allclose(y, torch.nn.functional.instance_norm(x), atol=1e-5)
         True
     """
+    return normalize_and_tell(x, moments, program, *parameters, relu=relu)[0]
+
+
+def normalize_and_tell(
+    x: Tensor, moments: Moments, program: Program, *parameters: Tensor, relu: bool = False
+) -> tuple[Tensor, ...]:
+    """As :func:`normalize`; besides, all that the program gives after scale and shift.
+
+    Gradients come back through that too, to the parameters and, by way of the moments, to ``x``.
+    """
     if _wants_plain():
         return _plain(x, moments, program, parameters, relu=relu)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
         return _Normalize.apply(x, moments, program, relu, *parameters)  # type: ignore
-    scale, shift = program(moments, *_promoted(parameters, moments))
-    return passes.affine(x, scale, _offset(moments.mean, scale, shift), relu=relu)
+    scale, shift, *told = program(moments, *_promoted(parameters, moments))
+    y = passes.affine(x, scale, _offset(moments.mean, scale, shift), relu=relu)
+    return y, *told
 
 
 class _Normalize(torch.autograd.Function):
@@ -112,25 +124,25 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, moments: Moments, program: Any, relu: bool, *parameters: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         ctx.derived = program if hasattr(program, "backward") else _Traced(program)
         promoted = _promoted(parameters, moments)
-        scale, shift, ctx.kept = ctx.derived.forward(moments, *promoted)
+        (scale, shift, *told), ctx.kept = ctx.derived.forward(moments, *promoted)
         ctx.save_for_backward(x, *parameters)
         ctx.program, ctx.relu, ctx.moments = program, relu, moments
         ctx.scale, ctx.offset = scale, _offset(moments.mean, scale, shift)
-        return passes.affine(x, scale, ctx.offset, relu=relu)
+        return passes.affine(x, scale, ctx.offset, relu=relu), *told
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
+    def backward(ctx: Any, dy: Tensor, *d_told: Tensor) -> Any:
         x, *parameters = ctx.saved_tensors
         batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # by is_grads_batched=True
         if torch.is_grad_enabled() or batched:  # the former where a further derivative follows
-            return _plain_gradients(ctx, dy, x, parameters)
+            return _plain_gradients(ctx, (dy, *d_told), x, parameters)
         mean, positions = ctx.moments.mean, max(1, ctx.moments.positions)
         given = {"scale": ctx.scale, "offset": ctx.offset, "relu": ctx.relu}
         d_shift, d_scale = passes.paired_sums(dy, x, mean, **given)
-        d_mean, d_var, *gradients = ctx.derived.backward(ctx.kept, d_scale, d_shift)
+        d_mean, d_var, *gradients = ctx.derived.backward(ctx.kept, d_scale, d_shift, *d_told)
         dx = None
         if ctx.needs_input_grad[0]:
             # y = scale * (x - mean) + shift: the mean is also what x is taken about.
@@ -152,16 +164,16 @@ class _Traced:
     def __init__(self, program: Program) -> None:
         self.program = program
 
-    def forward(self, moments: Moments, *parameters: Tensor) -> tuple[Tensor, Tensor, Any]:
+    def forward(self, moments: Moments, *parameters: Tensor) -> tuple[tuple[Tensor, ...], Any]:
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (*moments[:2], *parameters)]
             mean, var, *given = leaves
             decided = self.program(Moments(mean, var, moments.positions), *given)
-        return decided[0].detach(), decided[1].detach(), (leaves, decided)
+        return tuple(t.detach() for t in decided), (leaves, decided)
 
-    def backward(self, kept: Any, d_scale: Tensor, d_shift: Tensor) -> Sequence[Tensor | None]:
+    def backward(self, kept: Any, *gradients: Tensor) -> Sequence[Tensor | None]:
         leaves, decided = kept
-        pairs = zip(decided, (d_scale, d_shift), strict=True)
+        pairs = zip(decided, gradients, strict=True)
         seeded = [(t, d) for t, d in pairs if t.requires_grad]
         if not seeded:
             return [None] * len(leaves)
@@ -172,13 +184,17 @@ class _Traced:
         return found
 
 
-def _plain_gradients(ctx: Any, dy: Tensor, x: Tensor, parameters: Sequence[Tensor]) -> Any:
+def _plain_gradients(
+    ctx: Any, gradients: Sequence[Tensor], x: Tensor, parameters: Sequence[Tensor]
+) -> Any:
     """The gradients as a differentiable function of all that they depend on."""
     needed = ctx.needs_input_grad
     wanted = [t for t, need in zip((x, *parameters), (needed[0], *needed[4:]), strict=True) if need]
     with torch.enable_grad():
-        y = _plain(x, _plain_moments(x), ctx.program, parameters, relu=ctx.relu)
-        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
+        results = _plain(x, _plain_moments(x), ctx.program, parameters, relu=ctx.relu)
+        pairs = [(t, d) for t, d in zip(results, gradients, strict=True) if t.requires_grad]
+        ends, seeds = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(ends, wanted, seeds, create_graph=True, allow_unused=True))
     return tuple(next(found) if need else None for need in needed)
 
 
@@ -196,13 +212,14 @@ def _plain_moments(x: Tensor) -> Moments:
 
 def _plain(
     x: Tensor, moments: Moments, program: Program, parameters: Sequence[Tensor], *, relu: bool
-) -> Tensor:
+) -> tuple[Tensor, ...]:
     """The same in operations that compilers and every transform of torch know."""
-    decided = barrier(*program(moments, *_promoted(parameters, moments)))
+    scale, shift, *told = program(moments, *_promoted(parameters, moments))
+    decided = barrier(scale, shift)
     ones = (1,) * (x.dim() - 2)
     mean, scale, shift = (k.reshape(*k.shape, *ones) for k in (moments.mean, *decided))
     y = (scale * (x.to(scale.dtype) - mean) + shift).to(x.dtype)
-    return y.relu() if relu else y
+    return y.relu() if relu else y, *told
 
 
 def _promoted(parameters: Sequence[Tensor], moments: Moments) -> list[Tensor]:

@@ -7,9 +7,15 @@ from evenkeel.norm.batch_channel import BatchChannelNorm as BatchChannelNorm
 from evenkeel.norm.batch_channel import BatchChannelNorm1d as BatchChannelNorm1d
 from evenkeel.norm.batch_channel import BatchChannelNorm2d as BatchChannelNorm2d
 from evenkeel.norm.batch_channel import BatchChannelNorm3d as BatchChannelNorm3d
+from evenkeel.norm.batch_kalman import BatchKalmanNorm as BatchKalmanNorm
+from evenkeel.norm.batch_kalman import BatchKalmanNorm1d as BatchKalmanNorm1d
+from evenkeel.norm.batch_kalman import BatchKalmanNorm2d as BatchKalmanNorm2d
+from evenkeel.norm.batch_kalman import BatchKalmanNorm3d as BatchKalmanNorm3d
 from evenkeel.norm.convert import Conversion as Conversion
 from evenkeel.norm.convert import convert_ as convert_
 from evenkeel.norm.ghost import GhostBatchNorm2d as GhostBatchNorm2d
+from evenkeel.norm.kalmanize import Kalmanized as Kalmanized
+from evenkeel.norm.kalmanize import kalmanize as kalmanize
 from evenkeel.norm.noise_aware import NoiseAwareBatchNorm as NoiseAwareBatchNorm
 from evenkeel.norm.noise_aware import NoiseAwareBatchNorm1d as NoiseAwareBatchNorm1d
 from evenkeel.norm.noise_aware import NoiseAwareBatchNorm2d as NoiseAwareBatchNorm2d

@@ -1,28 +1,21 @@
 """Batch-channel normalization: what batches know, for networks that must train on one or two."""
 
-from collections import deque
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from evenkeel.errors import ConfigError, ShapeError, nearest
-from evenkeel.layers import restore_precision
 from evenkeel.moments import Moments, barrier, measure, normalize
-from evenkeel.norm.functional import require_channels, require_groups
+from evenkeel.norm.base import RunningNorm
+from evenkeel.norm.functional import require_groups
 from evenkeel.norm.programs import BatchChannel
 from evenkeel.norm.running import is_recomputation, observe, remember_, trail_
 
 STATISTICS = ("batch", "running")
-RECENT = 16
-"""Batches whose statistics are kept for recomputation."""
-KEPT = ("running_mean", "running_var")
-"""Buffers that are never below float32."""
 
 
-class BatchChannelNorm(_NormBase):
+class BatchChannelNorm(RunningNorm):
     r"""Batch normalization, and group normalization of what it gives, in one read and one write.
 
     $$ z = \gamma_c \frac{x - \mu_c}{\sqrt{v_c + \varepsilon}} + \beta_c, \qquad
@@ -96,12 +89,6 @@ class BatchChannelNorm(_NormBase):
         group norm; here a rate of 0 is refused.
     """
 
-    dims: tuple[int, ...] | None = None
-    """Dimensions of input that are accepted; None for any from two on."""
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-
     def __init__(
         self,
         num_features: int,
@@ -129,28 +116,25 @@ class BatchChannelNorm(_NormBase):
                 f"update_rate must be above 0 and at most 1; got {update_rate!r}. At 0 the "
                 f"statistics would stay at mean 0 and variance 1; to freeze them, use eval mode."
             )
-        if normalization_batch is not None and normalization_batch < 1:
-            raise ConfigError(
-                f"normalization_batch must be 1 or more; got {normalization_batch!r}."
-            )
         if synchronize and normalization_batch is not None:
             raise ConfigError("Choose one of synchronize=True and normalization_batch=.")
-        super().__init__(num_features, eps, momentum, device=device, dtype=dtype)
-        for name in KEPT:
-            wide = torch.promote_types(getattr(self, name).dtype, torch.float32)
-            self._buffers[name] = getattr(self, name).to(wide)
+        super().__init__(
+            num_features,
+            normalization_batch,
+            eps=eps,
+            momentum=momentum,
+            device=device,
+            dtype=dtype,
+        )
         self.num_groups = num_groups
         self.statistics = statistics
         self.update_rate = update_rate
-        self.normalization_batch = normalization_batch
         self.synchronize = synchronize
         if synchronize:
             _break_graphs()
         size = num_groups if affine == "group" else num_features
         self.group_weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
         self.group_bias = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
-        # Sample means of recent batches and what they were normalized by, for their recomputation.
-        self._recent: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=RECENT)
 
     def reset_parameters(self) -> None:
         """As in torch; group weights to 1 and biases to 0."""
@@ -211,35 +195,22 @@ class BatchChannelNorm(_NormBase):
     def _estimates(self, moments: Moments, parts: int) -> dict[str, Any]:
         """Correct the running statistics by each part in turn; what each is normalized by."""
         if is_recomputation():
-            return self._as_before(moments, parts)
+            return self._as_before(moments)
         seen = observe(moments, parts=parts, synchronize=self.synchronize)
         of_parts = trail_(self._running(), (seen.mean, seen.var), self.update_rate)
         self.num_batches_tracked.add_(1)
         mean, var = barrier(*(t.to(moments.mean.dtype) for t in of_parts))
-        if not torch.compiler.is_compiling():  # a compiled graph recomputes by itself
-            self._recent.append((moments.mean, mean, var))
+        self._recent.add(moments.mean, (mean, var))
         return {"mean": mean, "var": var}
 
-    def _as_before(self, moments: Moments, parts: int) -> dict[str, Any]:
-        """What a batch that is recomputed was normalized by: the recent one that is most like."""
-        mine = moments.mean
-        fitting = [
-            (seen, mean, var)
-            for seen, mean, var in self._recent
-            if seen.shape == mine.shape and seen.device == mine.device and len(mean) == parts
-        ]
-        if not fitting:
-            return self._constants(moments)
-        distances = torch.stack([(seen - mine).abs().max() for seen, _, _ in fitting])
-        nearest = int(distances.nan_to_num(torch.inf).argmin())
-        if float(distances[nearest]) > 1e-3 * float(mine.abs().max()):
-            raise ConfigError(
-                f"{type(self).__name__} cannot recompute a batch that was followed by more than "
-                f"{RECENT} others: it no longer knows what that was normalized by. Take gradients "
-                f"sooner, or use statistics='batch'."
-            )
-        _, mean, var = fitting[nearest]
-        return {"mean": mean, "var": var}
+    def _as_before(self, moments: Moments) -> dict[str, Any]:
+        """What a batch that is recomputed was normalized by."""
+        known = self._recent.like(moments.mean, type(self).__name__)
+        return (
+            self._constants(moments)
+            if known is None
+            else dict(zip(("mean", "var"), known, strict=True))
+        )
 
     def _constants(self, moments: Moments) -> dict[str, Any]:
         # Copies, as a second derivative may ask for them after they have moved on.
@@ -248,27 +219,6 @@ class BatchChannelNorm(_NormBase):
 
     def _running(self) -> tuple[Tensor, Tensor]:
         return self.running_mean, self.running_var
-
-    def _check_input_dim(self, x: Tensor) -> None:
-        require_channels(x, self.num_features, type(self).__name__)
-        if self.dims is not None and x.dim() not in self.dims:
-            wanted = " or ".join(str(d) for d in self.dims)
-            raise ShapeError(
-                f"{type(self).__name__} needs an input of {wanted} dimensions, (N, C, *spatial); "
-                f"got shape {tuple(x.shape)}."
-            )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchChannelNorm":
-        # In half precision a running statistic would stop short of where it is going.
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        lower = [name for name in KEPT if _is_lower(self._buffers[name], before[name])]
-        restore_precision(self, before, lower)
-        self._recent.clear()
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_recent": deque(maxlen=RECENT)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -316,12 +266,6 @@ def _break_graphs() -> None:
     # Only for those who synchronize: this loads the compiler.
     global _outside_of_the_graph  # noqa: PLW0603
     _outside_of_the_graph = torch.compiler.disable(_outside_of_the_graph)
-
-
-def _is_lower(now: Tensor | None, before: Tensor | None) -> bool:
-    assert now is not None
-    assert before is not None
-    return torch.finfo(now.dtype).bits < torch.finfo(before.dtype).bits
 
 
 class BatchChannelNorm1d(BatchChannelNorm):

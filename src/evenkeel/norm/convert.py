@@ -45,12 +45,13 @@ class Conversion:
     Attributes:
         converted: paths of the normalizers that were replaced.
         skipped: other normalizers, and why they were not.
+        old: the modules that were replaced, by path.
     """
 
     converted: list[str]
     skipped: dict[str, str]
     _model: nn.Module = field(repr=False)
-    _old: dict[str, nn.Module] = field(repr=False)
+    old: dict[str, nn.Module] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -64,7 +65,7 @@ class Conversion:
 
     def undo(self) -> None:
         """Put the old modules back, as they were left."""
-        for path, old in self._old.items():
+        for path, old in self.old.items():
             self._model.set_submodule(path, old)
 
 

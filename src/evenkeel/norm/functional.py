@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from evenkeel.errors import ConfigError, ShapeError
-from evenkeel.moments import measure, normalize
-from evenkeel.norm.programs import BatchChannel
+from evenkeel.moments import Moments, measure, normalize, normalize_and_tell
+from evenkeel.norm.programs import BatchChannel, BatchKalman
 from evenkeel.norm.running import observe
 
 
@@ -71,6 +71,80 @@ def batch_channel_norm(
         mean, var = (t.view(1, 1, -1).to(moments.mean.dtype) for t in (mean, var))
         program = BatchChannel(num_groups, eps, mean, var)
     return normalize(x, moments, program, weight, bias, group_weight, group_bias, relu=relu)
+
+
+def batch_kalman_norm(
+    x: Tensor,
+    prior: Moments | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    gain: float | Tensor = 0.1,
+    parts: int = 1,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Moments]:
+    r"""Batch normalization by statistics fused from those predicted and those observed.
+
+    $$ m = m_p + q(m_o - m_p), \qquad v = v_p + q(v_o - v_p) + q(1-q)(m_o - m_p)^2, \qquad
+       y = \gamma\frac{x - m}{\sqrt{v + \varepsilon}} + \beta $$
+
+    Args:
+        x: (N, C, *spatial).
+        prior: $m_p, v_p$, (K, C); None for batch norm.
+        weight: $\gamma$, (C,).
+        bias: $\beta$, (C,).
+        gain: $q$; a tensor where it is learned.
+        parts: K; the batch is split into so many, each with statistics of its own.
+        eps: added to variances.
+
+    Returns:
+        ``y``, of the shape, dtype and layout of ``x``; and $m, v$, (K, C), with gradients to all.
+
+    Raises:
+        ConfigError: ``parts`` does not divide N.
+        ShapeError: ``x`` or the prior is not of the channels of ``weight``.
+
+    Examples:
+        >>> import torch
+        >>> x = torch.randn(2, 8, 5, 5, generator=torch.Generator().manual_seed(0))
+        >>> prior = Moments(torch.zeros(1, 8), torch.ones(1, 8), 1)
+        >>> y, (mean, var, _) = batch_kalman_norm(x, prior, torch.ones(8), torch.zeros(8), gain=0.1)
+        >>> torch.allclose(mean, 0.1 * x.mean((0, 2, 3)))
+        True
+
+    References:
+        Wang et al., "Batch Kalman Normalization", arXiv 1802.03133.
+    """
+    require_channels(x, len(weight), "batch_kalman_norm")
+    if parts < 1 or len(x) % parts:
+        raise ConfigError(f"parts must divide the batch; got {parts} for {len(x)} samples.")
+    given = None if prior is None else tuple(prior[:2])
+    shapes = [tuple(p.shape) for p in given or ()]
+    if any(shape != (parts, len(weight)) for shape in shapes):
+        raise ShapeError(
+            f"The prior's mean and variance must be (parts, channels) = ({parts}, {len(weight)}); "
+            f"got {shapes}."
+        )
+    moments = measure(x)
+    y, mean, var, *_ = kalman_normalized(x, moments, given, weight, bias, gain, parts, eps)
+    return y, Moments(mean, var, len(x) // parts * moments.positions)
+
+
+def kalman_normalized(
+    x: Tensor,
+    moments: Moments,
+    prior: tuple[Tensor, ...] | None,
+    weight: Tensor,
+    bias: Tensor,
+    gain: float | Tensor,
+    parts: int,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """``y``; fused mean and variance, (K, C); observed ones."""
+    learned = isinstance(gain, Tensor)
+    program = BatchKalman(parts, eps, None if isinstance(gain, Tensor) else gain)
+    others = () if prior is None else (*prior, gain) if learned else prior
+    return normalize_and_tell(x, moments, program, weight, bias, *others)  # type: ignore[arg-type]
 
 
 def require_groups(channels: int, groups: int) -> None:

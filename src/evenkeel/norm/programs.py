@@ -67,16 +67,16 @@ class BatchChannel:
     def __call__(self, moments: Moments, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift, in plain operations."""
         if self.share is None:
-            return self._decide(moments, self.mean, self.var, *parameters)[:2]
+            return self._decide(moments, self.mean, self.var, *parameters)[0]
         if self.synchronized:
             raise ConfigError(
                 "Statistics that are synchronized over processes have first derivatives only, in "
                 "eager mode; for others, construct the layer without synchronize=True."
             )
         seen = batch_statistics(moments, self.mean.shape[0])
-        return self._decide(moments, *seen, *parameters)[:2]
+        return self._decide(moments, *seen, *parameters)[0]
 
-    def forward(self, moments: Moments, *parameters: Tensor) -> tuple[Tensor, Tensor, _Kept]:
+    def forward(self, moments: Moments, *parameters: Tensor) -> tuple[tuple[Tensor, Tensor], _Kept]:
         """The same, with what :meth:`backward` needs."""
         return self._decide(moments, self.mean, self.var, *parameters)
 
@@ -89,7 +89,7 @@ class BatchChannel:
         bias: Tensor,
         weight_g: Tensor,
         bias_g: Tensor,
-    ) -> tuple[Tensor, Tensor, _Kept]:
+    ) -> tuple[tuple[Tensor, Tensor], _Kept]:
         shape = moments.mean.shape
         m, s, mean, var = (self._grouped(t) for t in (*moments[:2], mean, var))
         weight, bias = (t.view(self.groups, -1) for t in (weight, bias))
@@ -106,7 +106,7 @@ class BatchChannel:
         gain_g = inverse_g * weight_g
         scale, shift = gain_g * gain, torch.addcmul(bias_g, zc, gain_g)
         kept = _Kept(weight, away, s, inverse, gain, squared, zc, inverse_g, gain_g, affine_shape)
-        return scale.view(shape), shift.view(shape), kept
+        return (scale.view(shape), shift.view(shape)), kept
 
     def backward(self, kept: _Kept, d_scale: Tensor, d_shift: Tensor) -> tuple[Tensor, ...]:
         """The chain rule through :meth:`_decide`, from its end to its start."""
@@ -140,3 +140,65 @@ class BatchChannel:
     def _grouped(self, t: Tensor) -> Tensor:
         """(N, C) or (K, 1, C) -> (K, N / K or 1, G, C / G)."""
         return t.view(self.mean.shape[0], -1, self.groups, t.shape[-1] // self.groups)
+
+
+UNTRUSTED = 100.0
+"""Ratio of predicted to observed variances, on average, from which a prior is left aside."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchKalman:
+    r"""Batch normalization by statistics fused from those predicted and those observed.
+
+    With $q$ the gain, $m_p, v_p$ the prior and $m_o, v_o$ the statistics of a part of the batch,
+
+    $$ m = m_p + q(m_o - m_p), \qquad v = v_p + q(v_o - v_p) + q(1-q)(m_o - m_p)^2, $$
+
+    the moments of a mixture of both, told besides scale and shift, as are the observed ones.
+
+    Attributes:
+        parts: of the batch, each with statistics of its own, K.
+        eps: added to the variance.
+        gain: $q$; None where it is the last parameter.
+
+    The parameters are weight and bias, (C,), then those of the prior, (K, C), where there is one.
+    """
+
+    parts: int
+    eps: float
+    gain: float | None
+
+    def __call__(
+        self, moments: Moments, weight: Tensor, bias: Tensor, *others: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Scale and shift (N, C); fused mean and variance (K, C); observed ones."""
+        observed = batch_statistics(moments, self.parts)  # (K, 1, C)
+        mean, var = observed
+        if others:
+            prior = others[0].unsqueeze(1), others[1].unsqueeze(1)
+            mean, var = fused(prior, observed, others[2] if self.gain is None else self.gain)
+        away = moments.mean.view(*observed[0].shape[:1], -1, len(weight)) - mean
+        scale = weight * (var + self.eps).rsqrt()
+        shift = torch.addcmul(bias, away, scale)
+        scale = scale.expand_as(shift)
+        decided = (t.reshape(moments.mean.shape) for t in (scale, shift))
+        return *decided, *(t.squeeze(1) for t in (mean, var, *observed))
+
+
+def fused(
+    prior: tuple[Tensor, Tensor], observed: tuple[Tensor, Tensor], gain: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """The moments of the mixture of both, or the observed ones where the prior is out of reach."""
+    (mean, var), (seen_mean, seen_var) = prior, observed
+    use = is_trusted(var, seen_var)
+    mean, var = torch.where(use, mean, seen_mean), torch.where(use, var, seen_var)
+    away = seen_mean - mean
+    return mean + gain * away, var + gain * (seen_var - var) + gain * (1 - gain) * away.square()
+
+
+@torch.no_grad()
+def is_trusted(prior: Tensor, observed: Tensor) -> Tensor:
+    """Whether predicted variances are finite and, on average, not many times the observed ones."""
+    seen = observed > 0
+    ratio = torch.where(seen, prior / torch.where(seen, observed, 1), 0)
+    return ratio.sum() < UNTRUSTED * seen.sum().clamp_min(1)

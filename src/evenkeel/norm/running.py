@@ -1,11 +1,13 @@
 """The statistics of batches, and what layers remember of them."""
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from evenkeel.errors import ConfigError
 from evenkeel.moments import Moments, processes
 from evenkeel.norm.programs import batch_statistics
 
@@ -105,3 +107,51 @@ def remember_(layer: Any, seen: Observed) -> None:
 def is_recomputation() -> bool:
     """Whether this forward is one that activation checkpointing repeats in backward."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+RECENT = 16
+"""Batches that are remembered for their recomputation."""
+
+
+class Recent:
+    """What recent batches were normalized by, for activation checkpointing to repeat it.
+
+    A batch is known by the means of its samples. Copies begin with none.
+    """
+
+    def __init__(self) -> None:
+        self._kept: deque[tuple[Tensor, Any]] = deque(maxlen=RECENT)
+
+    def add(self, mean: Tensor, what: Any) -> None:
+        """Keep it; not when compiled, as a compiled graph recomputes by itself."""
+        if not torch.compiler.is_compiling():
+            self._kept.append((mean, what))
+
+    def like(self, mean: Tensor, who: str) -> Any:
+        """What was kept for the batch that is most like; None if there is none of its shape."""
+        fitting = [
+            (seen, what)
+            for seen, what in self._kept
+            if seen.shape == mean.shape and seen.device == mean.device
+        ]
+        if not fitting:
+            return None
+        distances = torch.stack([(seen - mean).abs().max() for seen, _ in fitting])
+        nearest = int(distances.nan_to_num(torch.inf).argmin())
+        if float(distances[nearest]) > 1e-3 * float(mean.abs().max()):
+            raise ConfigError(
+                f"{who} cannot recompute a batch that was followed by more than {RECENT} others: "
+                f"it no longer knows what that was normalized by. Take gradients sooner, or use "
+                f"statistics of the batch alone."
+            )
+        return fitting[nearest][1]
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._kept.clear()
+
+    def __reduce__(self) -> Any:
+        return Recent, ()

@@ -10,5 +10,6 @@ STUDIES = {
     "noise_aware": "evenkeel.studies.noise_aware.study:STUDY",
     "batch_channel": "evenkeel.studies.batch_channel.study:STUDY",
     "equi_norm": "evenkeel.studies.equi_norm.study:STUDY",
+    "kalman": "evenkeel.studies.kalman.study:STUDY",
 }
 """By name, where each is; a study is imported when it is asked for."""

@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from evenkeel.files import write_atomically
+from evenkeel.studies.curves import by_size, error_curves
 from evenkeel.studies.frame import Facts, markdown, svg
 from evenkeel.studies.measures import interval
 
@@ -23,7 +24,7 @@ def draw(done: dict[str, Facts], folder: Path) -> list[Path]:
     pictures = [folder / "tables.md"]
     write_atomically(pictures[0], ("\n\n".join(sections) + "\n").encode())
     charts = (
-        ("error", _curves, seen["accuracy"]),
+        ("error", lambda runs: error_curves(by_size(runs)), seen["accuracy"]),
         ("singularity", _over_training, [run for run in seen["accuracy"] if _watched(run)]),
         ("layers", _layers, [run for run in seen["accuracy"] if _watched(run)]),
         ("distance", _against_distance, seen["distance"]),
@@ -94,32 +95,6 @@ def _distance(runs: Sequence[Facts]) -> str:
         error = interval([epoch["error"] for epoch in last])
         rows.append([f"{means:g}", f"{scales:g}", error, dead])
     return markdown(["σ of means", "σ of log scales", "test error, %", "dead units, %"], rows)
-
-
-def _curves(runs: Sequence[Facts]) -> Any:
-    import altair as alt
-
-    points = [
-        {
-            "method": run["method"],
-            "size": f"{size} normalized together; bands: lowest to highest of the seeds",
-            "epoch": epoch["epoch"],
-            "error": epoch["error"],
-        }
-        for run in runs
-        for size in ([run["together"]] if run["together"] else _sizes(runs))
-        for epoch in run["epochs"]
-    ]
-    base: Any = alt.Chart(alt.Data(values=points), width=330, height=220)
-    x = alt.X("epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1))
-    colour = alt.Color("method:N", title=None, legend=alt.Legend(symbolOpacity=1))
-    line = base.mark_line().encode(
-        x=x, y=alt.Y("mean(error):Q", title="test error, %"), color=colour
-    )
-    band = base.mark_area(opacity=0.15).encode(
-        x=x, y=alt.Y("min(error):Q"), y2="max(error):Q", color=colour
-    )
-    return alt.layer(band, line).facet(column=alt.Column("size:N", title=None))
 
 
 def _over_training(runs: Sequence[Facts]) -> Any:

@@ -1,6 +1,5 @@
 """One training run: a network with a normalizer, its error after every epoch, its dead units."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.batches import first
-from evenkeel.data.dataset import fingerprint
 from evenkeel.draws import Draws
 from evenkeel.models import build
 from evenkeel.norm import BatchChannelNorm2d, singularity
-from evenkeel.studies.frame import load_data, load_training_data
-from evenkeel.studies.measures import error
-from evenkeel.train import crop_and_flip, fit, launched
+from evenkeel.studies.training import train
 
 WATCHED = 500
 """Test samples that dead units are counted on."""
@@ -45,10 +41,6 @@ def trained(
     gets before its affine parameters.
     """
     settings = {k: v for k, v in locals().items() if k not in ("root", "cache")}
-    known: list[dict[str, Any]] = []
-    x, y = load_training_data(data, root)
-    samples_ = load_data(data, root)
-    fabric = launched(precision, who="evenkeel study batch_channel", devices=1)
 
     def make() -> nn.Module:
         network = build(
@@ -64,33 +56,16 @@ def trained(
             displace_(network, *displaced, seed=seed)
         return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
-    def watch(network: nn.Module) -> dict[str, Any]:
-        with fabric.autocast():
-            facts: dict[str, Any] = {"error": error(network, samples_.test, fabric.device)}
-        if watched:
-            seen = [x.to(fabric.device) for x, _ in first(samples_.test, WATCHED)]
-            found = singularity(network, seen).to_dict()
-            facts |= {"dead": found["dead"], "layers": found["rows"]}
-        return facts
+    def watch(network: nn.Module, epoch: int, test: Any, device: torch.device) -> dict[str, Any]:
+        seen = [x.to(device) for x, _ in first(test, WATCHED)]
+        found = singularity(network, seen).to_dict()
+        return {"dead": found["dead"], "layers": found["rows"]}
 
-    checkpoint = cache / f"{fingerprint([json.dumps(settings)])}.checkpoint"
-    fit(
-        make,
-        x[:samples],
-        y[:samples],
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        augment=crop_and_flip if x.shape[1] == 3 else lambda x: x,
-        seed=seed,
-        fabric=fabric,
-        checkpoint=checkpoint,
-        identity=settings,
-        on_epoch=known.append,
-        watch=watch,
+    watching = {"watch": watch} if watched else {}
+    augment = data != "digits"
+    return train(
+        "batch_channel", make, settings, root=root, cache=cache, augment=augment, **watching
     )
-    checkpoint.unlink(missing_ok=True)
-    return settings | {"epochs": known}
 
 
 class Displaced(nn.Module):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from evenkeel.files import write_atomically
+from evenkeel.studies.curves import error_curves
 from evenkeel.studies.frame import Facts, cells_of, markdown, svg
 from evenkeel.studies.measures import interval
 
@@ -118,8 +119,6 @@ def _last(runs: Sequence[Facts], **which: Any) -> list[float]:
 
 
 def _curves(runs: Sequence[Facts]) -> Any:
-    import altair as alt
-
     points = [
         {
             "method": run["method"],
@@ -130,12 +129,4 @@ def _curves(runs: Sequence[Facts]) -> Any:
         for run in runs
         for epoch in run["epochs"]
     ]
-    base: Any = alt.Chart(alt.Data(values=points), width=330, height=220)
-    x = alt.X("epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1))
-    colour = alt.Color("method:N", title=None, legend=alt.Legend(symbolOpacity=1))
-    y = alt.Y("mean(error):Q", title="test error, %", scale=alt.Scale(zero=False))
-    line = base.mark_line().encode(x=x, y=y, color=colour)
-    band = base.mark_area(opacity=0.15).encode(
-        x=x, y=alt.Y("min(error):Q"), y2="max(error):Q", color=colour
-    )
-    return alt.layer(band, line).facet(column=alt.Column("size:N", title=None))
+    return error_curves(points, from_zero=False)

@@ -1,7 +1,6 @@
 """One training run of a fully connected or a residual network, balanced after each step or not."""
 
 import contextlib
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +11,12 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import evenkeel as ek
-from evenkeel.data.dataset import fingerprint
 from evenkeel.errors import ConfigError
 from evenkeel.models import build
 from evenkeel.models.resnet import ResidualBlock
 from evenkeel.studies.equi_norm.networks import fully_connected
-from evenkeel.studies.frame import load_data, load_training_data
-from evenkeel.studies.measures import error
-from evenkeel.train import crop_and_flip, fit, launched
+from evenkeel.studies.frame import load_training_data
+from evenkeel.studies.training import train
 
 
 def trained(
@@ -46,10 +43,7 @@ def trained(
     after its last epoch. One that leaves the numbers is wrong on all that follows.
     """
     settings = {k: v for k, v in locals().items() if k not in ("root", "cache")}
-    known: list[dict[str, Any]] = []
-    x, y = load_training_data(data, root)
-    test = load_data(data, root).test
-    fabric = launched(precision, who="evenkeel study equi_norm", devices=1)
+    x, _ = load_training_data(data, root)
 
     def make() -> nn.Module:
         if "name" in network:
@@ -77,31 +71,17 @@ def trained(
 
         return step
 
-    def watch(model: nn.Module) -> dict[str, Any]:
-        with fabric.autocast():
-            return {"error": error(model, test, fabric.device)}
-
-    checkpoint = cache / f"{fingerprint([json.dumps(settings)])}.checkpoint"
-    fit(
+    return train(
+        "equi_norm",
         make,
-        x[:samples],
-        y[:samples],
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        augment=crop_and_flip if augment else lambda x: x,
-        seed=seed,
+        settings,
+        root=root,
+        cache=cache,
+        augment=augment,
         make_optimizer=optimizer,
         make_schedule=linear,
         after_step=balancing,
-        fabric=fabric,
-        checkpoint=checkpoint,
-        identity=settings,
-        on_epoch=known.append,
-        watch=watch,
     )
-    checkpoint.unlink(missing_ok=True)
-    return settings | {"epochs": known}
 
 
 def open_branches_(network: nn.Module) -> None:

@@ -1,0 +1,368 @@
+r"""How mean and variance of activations flow through a network, in closed form.
+
+Every element is taken for a Gaussian of its own, independent of all others. So a sum of weighted
+elements has the weighted sum of the means, and of the variances with squared weights; ReLU and the
+larger of two have known moments. Nothing is drawn.
+
+At the borders of a padded convolution fewer elements are summed. But most positions of a map are
+alike: those on one axis fall into a few classes, and only one of each is worked out.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Axis = tuple[int, ...]
+"""The class of each position on one axis: 0, 1, ... in the order in which they appear."""
+OUTSIDE = -1
+"""The class of zeros around."""
+FAR = 40.0
+"""Deviations beyond which nothing of a Gaussian is left, in float64."""
+REACH = 8.0
+"""Deviations within which the largest of a window is looked for."""
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
+QUADRATURE = ((_NODES + 1) / 2).tolist(), (_WEIGHTS / 2).tolist()
+"""Nodes and weights on (0, 1), for each side of the bend of a ReLU."""
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """The moments of an activation.
+
+    Attributes:
+        mean: (K, C, *classes), of K parts of a batch.
+        var: likewise.
+        axes: the classes of each spatial axis.
+        slope: elements are still to go through a ReLU with so much slope below zero; 1 for none.
+    """
+
+    mean: Tensor
+    var: Tensor
+    axes: tuple[Axis, ...] = ()
+    slope: float | Tensor = 1.0
+
+    @classmethod
+    def alike(cls, mean: Tensor, var: Tensor, sizes: Sequence[int]) -> "Gaussian":
+        """The same moments (K, C) at every position of a map."""
+        shape = (*mean.shape, *(1 for _ in sizes))
+        return cls(mean.view(shape), var.view(shape), tuple((0,) * size for size in sizes))
+
+    def detached(self) -> tuple["Gaussian", bool]:
+        """Without its graph, and whether it had one."""
+        bare = replace(self, mean=self.mean.detach(), var=self.var.detach())
+        return bare, self.mean.requires_grad
+
+    def leaf(self, needs: bool) -> "Gaussian":
+        """The beginning of another graph, where that needs gradients."""
+        needs = needs and torch.is_grad_enabled()
+        mean, var = (t.detach().requires_grad_(needs) for t in (self.mean, self.var))
+        return replace(self, mean=mean, var=var)
+
+    def pooled(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance (K, C) over all positions together."""
+        given = realised(self)
+        mean = _averaged(given.mean, given.axes)
+        away = given.mean - mean.view(*mean.shape, *(1 for _ in given.axes))
+        return mean, _averaged(given.var + away.square(), given.axes)
+
+
+def realised(x: Gaussian) -> Gaussian:
+    r"""What has been through its ReLU.
+
+    With $a = m/\sigma$, the positive part has $p = E[x^+] = m\Phi(a) + \sigma\varphi(a)$, the
+    negative one $n = E[x^-] = \sigma\varphi(a) - m\Phi(-a)$, and with slope $s$ for that
+
+    $$ E = p - s n, \qquad Var = \sigma^2 (\Phi(a) + s^2\Phi(-a)) - (1 - s)^2 p n, $$
+
+    which loses no digits where the mean is large.
+    """
+    s = x.slope
+    if isinstance(s, float) and s == 1:
+        return x
+    std = x.var.clamp_min(torch.finfo(x.var.dtype).tiny).sqrt()
+    a = (x.mean / std).clamp(-FAR, FAR)
+    above, below = torch.special.ndtr(a), torch.special.ndtr(-a)
+    middle = std * (a * a * -0.5).exp() * (2 * math.pi) ** -0.5
+    up = torch.addcmul(middle, x.mean, above)
+    down = torch.addcmul(middle, x.mean, below, value=-1)
+    if isinstance(s, float) and s == 0:
+        return Gaussian(up, torch.addcmul(x.var * above, up, down, value=-1), x.axes)
+    both = x.var * (above + s * s * below) - (1 - s) ** 2 * up * down
+    return Gaussian(up - s * down, both, x.axes)
+
+
+def rectified(x: Gaussian, slope: float | Tensor = 0.0) -> Gaussian:
+    """Through a ReLU, or a leaky one; worked out when a sum needs it."""
+    if isinstance(x.slope, float) and isinstance(slope, float) and x.slope >= 0:
+        return replace(x, slope=x.slope * slope)
+    x = realised(x)
+    if isinstance(slope, Tensor):  # of one or every channel
+        slope = slope.view(1, -1, *(1 for _ in x.axes))
+    return replace(x, slope=slope)
+
+
+def convolved(
+    x: Gaussian,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    groups: int,
+) -> Gaussian:
+    """Through a convolution of any rank, with zeros around."""
+    x, weight = realised(x), weight.to(x.mean.dtype)
+    found = [
+        _windows(axis, taps, step, around, apart)
+        for axis, taps, step, around, apart in zip(
+            x.axes, weight.shape[2:], stride, padding, dilation, strict=True
+        )
+    ]
+    chosen = tuple(windows for _, windows in found)
+    mean = _summed(x.mean, weight, chosen, groups)
+    var = _summed(x.var, weight.square(), chosen, groups)
+    if bias is not None:
+        mean = mean + bias.to(mean.dtype).view(1, -1, *(1 for _ in x.axes))
+    return Gaussian(mean, var, tuple(axis for axis, _ in found))
+
+
+def mapped(x: Gaussian, weight: Tensor, bias: Tensor | None) -> Gaussian:
+    """Through a linear layer, (K, I) -> (K, O)."""
+    x, weight = realised(x), weight.to(x.mean.dtype)
+    mean = F.linear(x.mean, weight, None if bias is None else bias.to(x.mean.dtype))
+    return Gaussian(mean, F.linear(x.var, weight.square()))
+
+
+def added(x: Gaussian, y: Gaussian, factor: float = 1.0) -> Gaussian:
+    """``x + factor * y``."""
+    (x, y), axes = _met([x, y])
+    return Gaussian(x.mean + factor * y.mean, x.var + factor**2 * y.var, axes)
+
+
+def scaled(x: Gaussian, factor: float, shift: float = 0.0) -> Gaussian:
+    """``factor * x + shift``."""
+    x = realised(x)
+    return Gaussian(factor * x.mean + shift, factor**2 * x.var, x.axes)
+
+
+def concatenated(*parts: Gaussian) -> Gaussian:
+    """Along the channels."""
+    met, axes = _met(parts)
+    return Gaussian(torch.cat([p.mean for p in met], 1), torch.cat([p.var for p in met], 1), axes)
+
+
+def dropped(x: Gaussian, share: float) -> Gaussian:
+    """Through a dropout in train mode."""
+    x = realised(x)
+    return Gaussian(x.mean, (x.var + share * x.mean.square()) / (1 - share), x.axes)
+
+
+def flattened(x: Gaussian) -> Gaussian:
+    """(K, C, *spatial) -> (K, C * positions)."""
+    x = realised(x)
+    mean, var = x.mean, x.var
+    for i, axis in enumerate(x.axes):
+        at = _index(axis, mean.device)
+        mean, var = mean.index_select(2 + i, at), var.index_select(2 + i, at)
+    return Gaussian(mean.flatten(1), var.flatten(1))
+
+
+def averaged(x: Gaussian) -> Gaussian:
+    """The mean over all positions, which are kept as axes of one."""
+    x = realised(x)
+    positions = math.prod(map(len, x.axes))
+    mean, var = _averaged(x.mean, x.axes), _averaged(x.var, x.axes) / positions
+    return Gaussian.alike(mean, var, [1] * len(x.axes))
+
+
+def average_pooled(
+    x: Gaussian, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Gaussian:
+    """Over windows, with zeros around that count."""
+    x = realised(x)
+    channels, taps = x.mean.shape[1], math.prod(kernel)
+    return convolved(
+        x,
+        x.mean.new_full((channels, 1, *kernel), 1 / taps),
+        None,
+        stride=stride,
+        padding=[(p, p) for p in padding],
+        dilation=[1] * len(kernel),
+        groups=channels,
+    )
+
+
+def max_pooled(
+    x: Gaussian,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Gaussian:
+    r"""The largest of each window, with what is around never the largest.
+
+    The largest $M$ of independent elements is below $t$ if all of them are. With $h$ for the ReLU
+    that they are still to go through, which for the largest comes to the same,
+
+    $$ E[h(M)] = h(l) + \int_l^u h'(t) (1 - P(M < t))\, dt, $$
+
+    likewise its square, by Gauss-Legendre quadrature on both sides of the ReLU's bend.
+    """
+    if isinstance(x.slope, Tensor) or x.slope < 0:
+        x = realised(x)
+    rank, slope = len(x.axes), x.slope
+    std = x.var.clamp_min(torch.finfo(x.var.dtype).tiny).sqrt()
+    classes = tuple(range(2, 2 + rank))
+    low = (x.mean - REACH * std).amin(classes, keepdim=True).unsqueeze(-1)
+    high = (x.mean + REACH * std).amax(classes, keepdim=True).unsqueeze(-1)
+    bend = torch.minimum(low.clamp_min(0), high)
+    nodes, weights = _nodes(x.mean.device, x.mean.dtype)
+    t = torch.cat([low + (bend - low) * nodes, bend + (high - bend) * nodes], -1)
+    log_below = torch.special.log_ndtr((t - x.mean.unsqueeze(-1)) / std.unsqueeze(-1))
+    axes = []
+    for how in zip(x.axes, kernel, stride, padding, dilation, strict=True):
+        axis, size, step, pad, spread = how
+        out, windows = _windows(axis, size, step, (pad, pad), spread)
+        counts = _counts(max(axis) + 1, windows, t.device, t.dtype)
+        log_below = torch.tensordot(log_below, counts, dims=([2], [0]))  # the axis goes to the end
+        axes.append(out)
+    above = -torch.expm1(log_below.movedim(2, -1))
+    rise = torch.where(t < 0, slope, 1.0) * torch.cat(
+        [(bend - low) * weights, (high - bend) * weights], -1
+    )
+    start, bent = (torch.where(of < 0, slope * of, of) for of in (low, t))
+    more = (rise * above).sum(-1)
+    square = (2 * (bent - start) * rise * above).sum(-1)  # about the start
+    var = (square - more.square()).clamp_min(0)
+    return Gaussian(start.squeeze(-1) + more, var, tuple(axes))
+
+
+# ---- classes of positions
+
+
+def _summed(
+    x: Tensor, weight: Tensor, windows: tuple[tuple[Axis, ...], ...], groups: int
+) -> Tensor:
+    """The sums of a convolution at one position of every class, (K, O, *classes)."""
+    sizes = [len(axis) for axis in windows]
+    if x[0, 0].numel() == 1:  # all inputs alike: how often is each tap inside?
+        rows = weight.unflatten(0, (groups, -1)).flatten(3).transpose(2, 3).flatten(1, 2)
+        parts = x.reshape(len(x), groups, -1).transpose(0, 1)  # (groups, K, I)
+        taps = torch.bmm(parts, rows.transpose(1, 2)).transpose(0, 1)
+        taps = taps.reshape(len(x), len(weight), -1)
+        sums = taps @ _inside(windows, x.device, x.dtype)
+        return sums.view(len(x), -1, *sizes)
+    for i, axis in enumerate(windows):  # what each window reads, side by side; zeros outside
+        pads = [0, 0] * (x.dim() - 3 - i) + [0, 1]
+        zero = x.shape[2 + i]
+        at = tuple(zero if k == OUTSIDE else k for window in axis for k in window)
+        x = F.pad(x, pads).index_select(2 + i, _index(at, x.device))
+    convolution = (F.conv1d, F.conv2d, F.conv3d)[len(windows) - 1]
+    return convolution(x, weight, None, weight.shape[2:], groups=groups)
+
+
+def _averaged(x: Tensor, axes: Sequence[Axis]) -> Tensor:
+    """Over positions, of which a class has some; (K, C, *classes) -> (K, C)."""
+    return x.flatten(2) @ _shares(tuple(axes), x.device, x.dtype) if axes else x
+
+
+def _met(parts: Sequence[Gaussian]) -> tuple[list[Gaussian], tuple[Axis, ...]]:
+    """Each with the classes that all together tell apart."""
+    parts = [realised(part) for part in parts]
+    if all(part.axes == parts[0].axes for part in parts):
+        return parts, parts[0].axes
+    means, variances = [p.mean for p in parts], [p.var for p in parts]
+    joint: list[Axis] = []
+    for i, axes in enumerate(zip(*(p.axes for p in parts), strict=True)):
+        axis, members = _distinct(list(zip(*axes, strict=True)))
+        joint.append(axis)
+        for k, chosen in enumerate(zip(*members, strict=True)):
+            at = _index(chosen, means[k].device)
+            means[k], variances[k] = (t.index_select(2 + i, at) for t in (means[k], variances[k]))
+    made = [Gaussian(m, v, tuple(joint)) for m, v in zip(means, variances, strict=True)]
+    return made, tuple(joint)
+
+
+def _once(make: Callable[P, T]) -> Callable[P, T]:
+    """Made once for all forwards, outside of inference mode, whose tensors know no gradient."""
+
+    @functools.lru_cache(maxsize=1024)
+    def cached(*args: Any) -> T:
+        with torch.inference_mode(False):
+            return make(*args)  # type: ignore[call-arg]
+
+    @functools.wraps(make)
+    def made(*args: Any) -> T:  # compilers do not like a cache
+        return (make if torch.compiler.is_compiling() else cached)(*args)  # type: ignore[call-arg]
+
+    return made  # type: ignore[return-value]
+
+
+@_once
+def _windows(
+    axis: Axis, taps: int, stride: int, padding: tuple[int, int], dilation: int
+) -> tuple[Axis, tuple[Axis, ...]]:
+    """Classes of the outputs; for each, the classes that its taps read."""
+    padded = (OUTSIDE,) * padding[0] + axis + (OUTSIDE,) * padding[1]
+    reach = dilation * (taps - 1) + 1
+    starts = range(0, len(padded) - reach + 1, stride)
+    return _distinct([padded[start : start + reach : dilation] for start in starts])
+
+
+def _distinct(seen: Sequence[Axis]) -> tuple[Axis, tuple[Axis, ...]]:
+    """Number the distinct ones; which number each has, and the distinct ones themselves."""
+    numbers = {what: number for number, what in enumerate(dict.fromkeys(seen))}
+    return tuple(numbers[what] for what in seen), tuple(numbers)
+
+
+@_once
+def _inside(
+    windows: tuple[tuple[Axis, ...], ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """(taps, classes) of all axes together: 1 where a tap of an output is not outside."""
+    taps = itertools.product(*(range(len(axis[0])) for axis in windows))
+    outputs = list(itertools.product(*windows))
+    rows = [
+        [float(all(w[t] != OUTSIDE for w, t in zip(of, tap, strict=True))) for of in outputs]
+        for tap in taps
+    ]
+    return torch.tensor(rows, device=device, dtype=dtype)
+
+
+@_once
+def _counts(
+    classes: int, windows: tuple[Axis, ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """(classes in, classes out): how many of an output's taps read a class."""
+    rows = [[window.count(k) for window in windows] for k in range(classes)]
+    return torch.tensor(rows, device=device, dtype=dtype)
+
+
+@_once
+def _shares(axes: tuple[Axis, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What part of the positions each class has, over all axes together."""
+    parts = [[axis.count(k) / len(axis) for k in range(max(axis) + 1)] for axis in axes]
+    shares = [math.prod(of) for of in itertools.product(*parts)]
+    return torch.tensor(shares, device=device, dtype=dtype)
+
+
+@_once
+def _nodes(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Nodes and weights on (0, 1)."""
+    return torch.tensor(QUADRATURE, device=device, dtype=dtype)
+
+
+@_once
+def _index(axis: Axis, device: torch.device) -> Tensor:
+    return torch.tensor(axis, device=device)

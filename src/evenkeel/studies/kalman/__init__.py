@@ -1,0 +1,1 @@
+"""Batch Kalman normalization, measured."""
