@@ -2,7 +2,7 @@ r"""The convex problem of balancing, $\min_z \sum m_{rc}\,e^{p(z_r - z_c)}$, in 
 
 It is the balancing of a matrix (Osborne 1960; Parlett and Reinsch 1969). Sweeps over channels are
 quick within a layer and slow along the depth, so each is preceded by a solve of the same problem
-with one variable for each layer.
+with one variable for each layer; near the end, bounding the excess gives a step of Newton's method.
 """
 
 import math
@@ -67,8 +67,12 @@ def solve(
         problem.coarse_(z)
         decrease = problem.sweep_(z, simultaneous)
         rounds += 1
-        if decrease <= 1e-3 * problem.value(z) or rounds == max_rounds:
-            bound = problem.excess(z)
+        value = problem.value(z)
+        if decrease <= 1e-3 * value or rounds == max_rounds:
+            bound, y = problem.excess(z)
+            further = z + y / p  # what the bound is made of is a step of Newton's method, too
+            if bound > tolerance and rounds < max_rounds and problem.value(further) < value:
+                z = further
     value = problem.value(z)
     z[~read], z[read & ~fired] = float(z.min()), float(z.max())  # of which 0 is one
     return Solution(z, alive[:-1], rounds, value, bound)
@@ -200,8 +204,8 @@ class _Problem:
         masses.fill_diagonal_(0.0)  # what stays within a layer does not change with it
         return masses
 
-    def excess(self, z: Tensor) -> float:
-        r"""A bound on how far the objective is above its least value, relative to it.
+    def excess(self, z: Tensor) -> tuple[float, Tensor]:
+        r"""A bound on how far the objective is above its least value, relative to it; and $y$.
 
         Any masses $f$ that come in and go out of every channel alike bound the least value from
         below, by $\sum f - f\log(f/m)$. Those nearest to the present masses $m$ are $f = m(1 +
@@ -214,8 +218,8 @@ class _Problem:
         y = self._solve(z, off, (into + out).where(self.alive, 1.0))
         most = float(y.max() - y.min())
         if most > 1:
-            return math.inf
-        return max(0.0, (1 + most) / 2 * float(y @ off)) / float(into.sum())
+            return math.inf, y
+        return max(0.0, (1 + most) / 2 * float(y @ off)) / float(into.sum()), y
 
     def _solve(self, z: Tensor, right: Tensor, diagonal: Tensor) -> Tensor:
         """L y = right, preconditioned by its diagonal and by the same system over layers."""
