@@ -30,6 +30,7 @@ from evenkeel.provenance import environment
 AGES = (0, "1h", "1d", "1mo", "1y")
 REMEDIES = (
     "none", "drift", "pooled", "online", "calibrate", "match+calibrate", "match+clip+calibrate",
+    "balance:arrays+calibrate",
 )  # fmt: skip
 LEAST_CHIPS = 8
 """What ``until`` starts from: fewer can look alike by chance."""

@@ -131,6 +131,7 @@ class Audit:
             title=f"{escape(self.network)}: {self.metric} in %; digital {self.digital:.1f}",
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
+            pad_edge=False,
         )
         table.add_column("on", overflow="fold")
         table.add_column("remedy", overflow="fold")

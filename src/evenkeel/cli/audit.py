@@ -84,7 +84,7 @@ def audit(
     remedy
         Rows of remedies; the first is what the others are compared with. Default, as far as the
         network has a use for them: none,drift,pooled,online,calibrate,match+calibrate,
-        match+clip+calibrate.
+        match+clip+calibrate,balance:arrays+calibrate.
     chips
         How many chips of each device.
     until
