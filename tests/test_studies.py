@@ -20,14 +20,18 @@ from evenkeel.audit.remedy import as_row
 from evenkeel.audit.summary import summarize
 from evenkeel.cli import main
 from evenkeel.errors import ConfigError
-from evenkeel.layers import weight_layer
+from evenkeel.layers import running_normalizers, weight_layer
 from evenkeel.studies import SCALES, STUDIES, Desk, Part, Study, frame, run
+from evenkeel.studies import training as runs
 from evenkeel.studies.batch_channel import training
 from evenkeel.studies.equi_norm.training import trained as trained_balanced
 from evenkeel.studies.frame import as_lines, cells_of
+from evenkeel.studies.kalman.calibration import predict_
+from evenkeel.studies.kalman.estimates import distances
 from evenkeel.studies.noise_aware import harden, study
 from evenkeel.studies.noise_aware.harden import CLIP, InjectedNoise, hardened_network
 from evenkeel.studies.noise_aware.stream import aged, served
+from evenkeel.train import fit
 
 
 @pytest.fixture
@@ -696,13 +700,13 @@ def test_a_training_run_tells_errors_and_dead_units(desk):
 
 def test_a_training_run_takes_its_update_rate(desk, monkeypatch):
     seen = []
-    watched = training.error
+    watched = runs.error
 
     def noted(network, *given):
         seen.append({m.update_rate for m in network.modules() if hasattr(m, "update_rate")})
         return watched(network, *given)
 
-    monkeypatch.setattr(training, "error", noted)
+    monkeypatch.setattr(runs, "error", noted)
     for rate in (None, 0.01):
         run_of(desk, norm="batch_channel_running", update_rate=rate, epochs=1, watched=False)
     assert seen == [{0.1}, {0.01}]
@@ -711,17 +715,17 @@ def test_a_training_run_takes_its_update_rate(desk, monkeypatch):
 def test_a_killed_training_run_ends_as_one_that_was_not(desk, tmp_path, monkeypatch):
     whole = run_of(desk, epochs=3, watched=False)
     (tmp_path / "other").mkdir()
-    later = training.error
+    later = runs.error
 
     def dies(*given):
         if list((tmp_path / "other").glob("*.checkpoint")):
             raise Interrupted
         return later(*given)
 
-    monkeypatch.setattr(training, "error", dies)
+    monkeypatch.setattr(runs, "error", dies)
     with pytest.raises(Interrupted):
         run_of(desk, epochs=3, watched=False, cache=tmp_path / "other")
-    monkeypatch.setattr(training, "error", later)
+    monkeypatch.setattr(runs, "error", later)
     again = run_of(desk, epochs=3, watched=False, cache=tmp_path / "other")
     told = [[(e["epoch"], e["loss"], e["error"]) for e in r["epochs"]] for r in (whole, again)]
     assert told[0] == told[1]
@@ -804,3 +808,50 @@ def test_balanced_training_is_another_training(desk):
     told = [[(e["loss"], e["error"]) for e in one] for one in runs]
     assert told[1] == told[2] != told[0]
     assert runs[1][-1]["error"] < 60
+
+
+# ---- kalman
+
+
+def test_the_kalman_study(desk, tmp_path):
+    study = import_from(STUDIES["kalman"])
+    parts = ["cost", "estimates", "accuracy_0"]
+    beside = tmp_path / "out" / "batch_channel" / "smoke" / "accuracy_0.json"
+    beside.parent.mkdir(parents=True)
+    epochs = [{"epoch": 1, "error": 50.0}, {"epoch": 2, "error": 40.0}]
+    rows = [{"method": name, "together": 2, "seed": 0, "epochs": epochs} for name in ("BN", "BCN")]
+    beside.write_text(json.dumps({"figures": {"runs": rows}}))
+    run(study, "smoke", desk, tmp_path / "out", command="it", only=parts)
+    folder = tmp_path / "out" / "kalman" / "smoke"
+    cost, estimates, accuracy = (
+        json.loads((folder / f"{part}.json").read_text())["figures"] for part in parts
+    )
+    assert all(row["ratio"] > 0 and row["kalman_ms"] > 0 for row in cost["runs"])
+    seen = {(r["epoch"], r["size"], r["estimate"]): r["mean"] for r in estimates["rows"]}
+    assert all(seen[epoch, 8, "observed"] < seen[epoch, 1, "observed"] for epoch in (0, 1))
+    assert {r["together"] for r in accuracy["runs"]} == {2, 128}
+    text = (folder / "tables.md").read_text()
+    assert "| BN | 40.00 | 8.7 |" in text
+    assert "BCN" not in text
+    assert {p.name for p in folder.glob("*.svg")} == {"error.svg", "estimates.svg"}
+
+
+def test_the_oracle_is_of_the_network_as_the_batch_left_it():
+    torch.manual_seed(0)
+    network = models.build("resnet8_digits")
+    pool = torch.randn(80, 1, 8, 8)
+    options = {"sizes": [64], "variants": [[1.0, "observed"]], "batches": 1}
+    rows = distances(network, torch.cat([pool[:64], pool[:64]]), oracle=64, **options)
+    observed = next(r for r in rows if r["estimate"] == "observed")  # of the oracle's own samples
+    assert max(observed["mean"], observed["log_var"]) < 1e-4
+
+
+def test_a_prediction_of_what_the_weights_change(desk):
+    x = desk.training_data()
+    network = fit(lambda: models.build("resnet8_digits"), *x, epochs=4)
+    chip = ek.analog.program(network, ek.analog.Gain(0.8), seed=0)
+    before = {p: n.running_var.clone() for p, n in running_normalizers(chip.model)}
+    predict_(chip, network, x[0][:64])
+    after = dict(running_normalizers(chip.model))
+    for path, var in before.items():  # of a layer alone, 0.8 of the weights is 0.64 of the variance
+        torch.testing.assert_close(after[path].running_var / var, torch.full_like(var, 0.64))

@@ -57,7 +57,7 @@ def train(
         Another peak than the recipe's; it wants to fall with the batch size.
     norm
         Another normalizer than the recipe's: batch, group, layer, batch_channel,
-        batch_channel_running (for batches of one or two) or none.
+        batch_channel_running (for batches of one or two), batch_kalman or none.
     normalization_batch
         Normalize so many samples together, within a larger batch.
     weight_standard

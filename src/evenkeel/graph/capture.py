@@ -74,10 +74,10 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
 
 
 def _free_batch(args: tuple[Any, ...]) -> Any:
-    """Leave the first axis open, where the network does."""
+    """Leave the first axis open, where the network does; one of 1 cannot be."""
     shapes = torch.export.ShapesCollection()
     for leaf in torch.utils._pytree.tree_leaves(args):
-        if isinstance(leaf, Tensor) and leaf.dim():
+        if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] > 1:
             shapes[leaf] = {0: torch.export.Dim.AUTO}
     return shapes
 

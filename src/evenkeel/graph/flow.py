@@ -30,9 +30,20 @@ FAR = 40.0
 """Deviations beyond which nothing of a Gaussian is left, in float64."""
 REACH = 8.0
 """Deviations within which the largest of a window is looked for."""
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
-QUADRATURE = ((_NODES + 1) / 2).tolist(), (_WEIGHTS / 2).tolist()
-"""Nodes and weights on (0, 1), for each side of the bend of a ReLU."""
+Table = tuple[tuple[float, ...], tuple[float, ...]]
+"""Nodes and weights."""
+
+
+def _quadrature(nodes: Any, weights: Any) -> Table:
+    return tuple(nodes.tolist()), tuple((weights / weights.sum()).tolist())
+
+
+_nodes, _weights = np.polynomial.legendre.leggauss(24)
+LEGENDRE = _quadrature((_nodes + 1) / 2, _weights)
+"""On (0, 1), for each side of the bend of a ReLU."""
+_even = np.linspace(-6, 6, 49)
+NORMAL = _quadrature(_even, np.exp(-_even * _even / 2))
+"""For a standard normal: even steps lose nothing on smooth functions, and little at a bend."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,22 @@ def rectified(x: Gaussian, slope: float | Tensor = 0.0) -> Gaussian:
     return replace(x, slope=slope)
 
 
+def applied(x: Gaussian, name: str, args: Sequence[Any] = ()) -> Gaussian:
+    """Through any function of single elements, by quadrature.
+
+    Args:
+        x: what it is applied to.
+        name: of the ATen operation.
+        args: its further arguments.
+    """
+    x = realised(x)
+    nodes, weights = _table(NORMAL, x.mean.device, x.mean.dtype)
+    std = x.var.clamp_min(torch.finfo(x.var.dtype).tiny).sqrt()
+    y = getattr(torch.ops.aten, name)(x.mean.unsqueeze(-1) + std.unsqueeze(-1) * nodes, *args)
+    mean = y @ weights
+    return Gaussian(mean, (y - mean.unsqueeze(-1)).square() @ weights, x.axes)
+
+
 def convolved(
     x: Gaussian,
     weight: Tensor,
@@ -150,6 +177,13 @@ def added(x: Gaussian, y: Gaussian, factor: float = 1.0) -> Gaussian:
     return Gaussian(x.mean + factor * y.mean, x.var + factor**2 * y.var, axes)
 
 
+def multiplied(x: Gaussian, y: Gaussian) -> Gaussian:
+    """Element by element; an axis of one position goes with all of the other's."""
+    (x, y), axes = _met([x, y])
+    var = x.var * y.var + x.var * y.mean.square() + y.var * x.mean.square()
+    return Gaussian(x.mean * y.mean, var, axes)
+
+
 def scaled(x: Gaussian, factor: float, shift: float = 0.0) -> Gaussian:
     """``factor * x + shift``."""
     x = realised(x)
@@ -176,6 +210,13 @@ def flattened(x: Gaussian) -> Gaussian:
         at = _index(axis, mean.device)
         mean, var = mean.index_select(2 + i, at), var.index_select(2 + i, at)
     return Gaussian(mean.flatten(1), var.flatten(1))
+
+
+def repeated(x: Gaussian, sizes: Sequence[int]) -> Gaussian:
+    """Resized to the nearest positions."""
+    axes = zip(x.axes, sizes, strict=True)
+    resized = (tuple(a[i * len(a) // size] for i in range(size)) for a, size in axes)
+    return replace(x, axes=tuple(resized))
 
 
 def averaged(x: Gaussian) -> Gaussian:
@@ -227,7 +268,7 @@ def max_pooled(
     low = (x.mean - REACH * std).amin(classes, keepdim=True).unsqueeze(-1)
     high = (x.mean + REACH * std).amax(classes, keepdim=True).unsqueeze(-1)
     bend = torch.minimum(low.clamp_min(0), high)
-    nodes, weights = _nodes(x.mean.device, x.mean.dtype)
+    nodes, weights = _table(LEGENDRE, x.mean.device, x.mean.dtype)
     t = torch.cat([low + (bend - low) * nodes, bend + (high - bend) * nodes], -1)
     log_below = torch.special.log_ndtr((t - x.mean.unsqueeze(-1)) / std.unsqueeze(-1))
     axes = []
@@ -280,6 +321,8 @@ def _averaged(x: Tensor, axes: Sequence[Axis]) -> Tensor:
 def _met(parts: Sequence[Gaussian]) -> tuple[list[Gaussian], tuple[Axis, ...]]:
     """Each with the classes that all together tell apart."""
     parts = [realised(part) for part in parts]
+    sizes = [max(map(len, axes)) for axes in zip(*(p.axes for p in parts), strict=True)]
+    parts = [replace(part, axes=_spread(part.axes, sizes)) for part in parts]
     if all(part.axes == parts[0].axes for part in parts):
         return parts, parts[0].axes
     means, variances = [p.mean for p in parts], [p.var for p in parts]
@@ -292,6 +335,11 @@ def _met(parts: Sequence[Gaussian]) -> tuple[list[Gaussian], tuple[Axis, ...]]:
             means[k], variances[k] = (t.index_select(2 + i, at) for t in (means[k], variances[k]))
     made = [Gaussian(m, v, tuple(joint)) for m, v in zip(means, variances, strict=True)]
     return made, tuple(joint)
+
+
+def _spread(axes: Sequence[Axis], sizes: Sequence[int]) -> tuple[Axis, ...]:
+    """Axes of one position over all."""
+    return tuple(a * size if len(a) == 1 else a for a, size in zip(axes, sizes, strict=True))
 
 
 def _once(make: Callable[P, T]) -> Callable[P, T]:
@@ -358,9 +406,8 @@ def _shares(axes: tuple[Axis, ...], device: torch.device, dtype: torch.dtype) ->
 
 
 @_once
-def _nodes(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Nodes and weights on (0, 1)."""
-    return torch.tensor(QUADRATURE, device=device, dtype=dtype)
+def _table(rows: Table, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(rows, device=device, dtype=dtype)
 
 
 @_once

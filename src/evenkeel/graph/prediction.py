@@ -277,7 +277,21 @@ def _sum(x: Any, y: Any, factor: float) -> Step | None:
     return None
 
 
+def _applied(node: fx.Node, x: _Known, *args: Any, **kwargs: Any) -> Step | None:
+    plain = all(isinstance(a, int | float) for a in args)
+    how: dict[str, Any] = {"name": name_of(node.target), "args": args}
+    return _step(flow.applied, x, **how) if plain and not kwargs else None
+
+
+def _repeated(node: fx.Node, x: _Known, *args: Any) -> Step:
+    sizes: Any = shape_of(node.meta["val"])[2:]
+    return _step(flow.repeated, x, sizes=sizes)
+
+
 def _multiplied(node: fx.Node, x: Any, y: Any) -> Step | None:
+    if isinstance(x, _Known) and isinstance(y, _Known):
+        alike = x.rank == y.rank and x.shape[:2] == y.shape[:2]
+        return _step(flow.multiplied, x, y) if alike else None
     x, y = (x, y) if isinstance(x, _Known) else (y, x)
     return _step(flow.scaled, x, factor=float(y)) if isinstance(y, int | float) else None
 
@@ -368,6 +382,10 @@ RULES: Mapping[str, Callable[..., Step | None]] = {
     "sub": _subtracted,
     **dict.fromkeys(("mul", "multiply"), _multiplied),
     "div": _divided,
+    **dict.fromkeys(("gelu", "silu", "mish", "elu", "celu", "selu"), _applied),
+    **dict.fromkeys(("hardswish", "hardsigmoid", "hardtanh", "relu6"), _applied),
+    **dict.fromkeys(("sigmoid", "tanh", "softplus"), _applied),
+    **dict.fromkeys((f"upsample_nearest{n}d" for n in (1, 2, 3)), _repeated),
     "cat": _concatenated,
     **dict.fromkeys(("dropout", "feature_dropout"), _dropped),
     **dict.fromkeys((f"max_pool{n}d" for n in (1, 2, 3)), _max_pooled),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from evenkeel.errors import ConfigError, nearest
 from evenkeel.models.registry import architecture
-from evenkeel.norm import BatchChannelNorm2d, GhostBatchNorm2d, standardize_weights_
+from evenkeel.norm import BatchChannelNorm2d, GhostBatchNorm2d, kalmanize, standardize_weights_
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -42,6 +42,8 @@ NORMS: dict[str, Callable[[int, int | None], nn.Module]] = {
     "none": lambda c, size: ChannelAffine(c),
 }
 """By name, from channels and the samples that are normalized together (None for all)."""
+KALMAN = "batch_kalman"
+"""Batch norm with priors, which is made of the whole network."""
 
 
 class ResidualBlock(nn.Module):
@@ -115,15 +117,19 @@ def _resnet(
     norm: str,
     normalization_batch: int | None,
     weight_standard: bool,
-) -> ResNet:
-    if norm not in NORMS:
-        raise ConfigError(f"Unknown norm {norm!r}. {nearest(norm, NORMS)}")
-    norm_layer = functools.partial(_made, NORMS[norm], normalization_batch)
+) -> nn.Module:
+    if norm not in (*NORMS, KALMAN):
+        raise ConfigError(f"Unknown norm {norm!r}. {nearest(norm, (*NORMS, KALMAN))}")
+    size = None if norm == KALMAN else normalization_batch
+    norm_layer = functools.partial(_made, NORMS["batch" if norm == KALMAN else norm], size)
     network = ResNet(num_classes, in_channels, widths, blocks, norm_layer)
     if norm == "none":
         _start_small_(network)
     if weight_standard:
         standardize_weights_(network)
+    if norm == KALMAN:
+        x = torch.zeros(2, in_channels, 32, 32)
+        return kalmanize(network, x, normalization_batch=normalization_batch)
     return network
 
 
@@ -152,13 +158,14 @@ def resnet8_digits(
     norm: str = "batch",
     normalization_batch: int | None = None,
     weight_standard: bool = False,
-) -> ResNet:
+) -> nn.Module:
     """8 layers, 48k weights, for 8x8 digits.
 
     Args:
         num_classes: outputs.
         in_channels: channels of the images.
-        norm: one of :data:`NORMS`.
+        norm: one of :data:`NORMS`, or "batch_kalman", which gives a
+            :class:`evenkeel.norm.Kalmanized` around the network.
         normalization_batch: samples that are normalized together in training; default: the batch.
         weight_standard: whether the convolutions' weights are standardized.
     """
@@ -173,7 +180,7 @@ def resnet14_cifar10(
     norm: str = "batch",
     normalization_batch: int | None = None,
     weight_standard: bool = False,
-) -> ResNet:
+) -> nn.Module:
     """14 layers, 175k weights, for 32x32 colour images; options as :func:`resnet8_digits`."""
     widths = (16, 32, 64)
     return _resnet(num_classes, in_channels, widths, 2, norm, normalization_batch, weight_standard)

@@ -92,10 +92,10 @@ def kalmanize(
     r"""Tell every batch norm of a network what the layers before predict of its statistics.
 
     The network is captured once, to learn which normalizers come before which and by what way.
-    Through ReLU (leaky too), convolution with its borders, linear layers, addition, concatenation,
-    pooling, flattening and dropout, mean and variance have closed forms; they cost next to nothing,
-    and keep no activations. A normalizer with anything else on the way, or with the network's input
-    before it, has no prior and works on the batch alone; the result lists them.
+    Through ReLU and other activations, convolution with its borders, linear layers, sums, products,
+    concatenation, pooling, flattening and dropout, mean and variance follow in closed form or by
+    quadrature; nothing is drawn, and no activations are kept. A normalizer with anything else on
+    the way, or with the network's input, has no prior and works on the batch alone; all are listed.
 
     Use when a network with batch norm must train with statistics of a few samples. Not for
     networks without batch norm, and not to save time: see the method card for what it gains.
@@ -110,9 +110,9 @@ def kalmanize(
         transition: how moments come from one normalizer to the next: by the "layer" in between, as
             in the authors' code, or by a learned "linear" map with noise, as in their paper.
         propagate: which moments a normalizer is taken to give. "observed": those that the batch's
-            have once normalized, $\beta + \gamma(m_o - m)/\sqrt{v}$ and $\gamma^2 v_o/v$. "raw": the
-            fused ones $m, v$, as if it had not normalized, as in the authors' code. "normalized":
-            $\beta, \gamma^2$, so that all priors are functions of the weights alone.
+            have once normalized, $\beta + \gamma(m_o - m)/\sqrt{v}$ and $\gamma^2 v_o/v$. "raw":
+            the fused ones $m, v$, as if it had not normalized, as in the authors' code.
+            "normalized": $\beta, \gamma^2$, so that all priors are functions of the weights alone.
 
     Raises:
         ConfigError: an option out of its range; no batch norm to give a prior to.
