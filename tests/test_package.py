@@ -75,8 +75,9 @@ def surface() -> dict[str, list[str]]:
     return {
         name: sorted(
             n
-            for n, value in vars(module).items()
-            if not n.startswith("_") and getattr(value, "__module__", "").startswith("evenkeel")
+            for n in dir(module)
+            if not n.startswith("_")
+            and getattr(getattr(module, n), "__module__", "").startswith("evenkeel")
         )
         for name, module in modules.items()
     }

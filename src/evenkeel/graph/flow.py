@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,21 +27,27 @@ OUTSIDE = -1
 """The class of zeros around."""
 FAR = 40.0
 """Deviations beyond which nothing of a Gaussian is left, in float64."""
+WIDE = 6.0
+"""Deviations on each side that a Gaussian is integrated over."""
 REACH = 8.0
 """Deviations within which the largest of a window is looked for."""
 Table = tuple[tuple[float, ...], tuple[float, ...]]
 """Nodes and weights."""
 
 
-def _quadrature(nodes: Any, weights: Any) -> Table:
-    return tuple(nodes.tolist()), tuple((weights / weights.sum()).tolist())
+def _fejer(n: int) -> Table:
+    """Of Fejér's first rule on (0, 1), which has a closed form and integrates smooth functions."""
+    angles = [(2 * k + 1) * math.pi / (2 * n) for k in range(n)]
+    series = [[math.cos(2 * j * a) / (4 * j * j - 1) for j in range(1, n // 2 + 1)] for a in angles]
+    nodes = tuple((1 - math.cos(a)) / 2 for a in angles)
+    return nodes, tuple((1 - 2 * sum(terms)) / n for terms in series)
 
 
-_nodes, _weights = np.polynomial.legendre.leggauss(24)
-LEGENDRE = _quadrature((_nodes + 1) / 2, _weights)
-"""On (0, 1), for each side of the bend of a ReLU."""
-_even = np.linspace(-6, 6, 49)
-NORMAL = _quadrature(_even, np.exp(-_even * _even / 2))
+MANY, FEW = _fejer(24), _fejer(8)
+"""For each side of the bend of a ReLU; few where it is one of two that are integrated over."""
+_steps = [k / 4 for k in range(-24, 25)]
+_weights = [math.exp(-z * z / 2) for z in _steps]
+NORMAL: Table = tuple(_steps), tuple(w / sum(_weights) for w in _weights)
 """For a standard normal: even steps lose nothing on smooth functions, and little at a bend."""
 
 
@@ -55,12 +60,14 @@ class Gaussian:
         var: likewise.
         axes: the classes of each spatial axis.
         slope: elements are still to go through a ReLU with so much slope below zero; 1 for none.
+        skewed: what of it is no Gaussian: one summand that has been through a ReLU.
     """
 
     mean: Tensor
     var: Tensor
     axes: tuple[Axis, ...] = ()
     slope: float | Tensor = 1.0
+    skewed: "Gaussian | None" = None
 
     @classmethod
     def alike(cls, mean: Tensor, var: Tensor, sizes: Sequence[int]) -> "Gaussian":
@@ -70,14 +77,16 @@ class Gaussian:
 
     def detached(self) -> tuple["Gaussian", bool]:
         """Without its graph, and whether it had one."""
-        bare = replace(self, mean=self.mean.detach(), var=self.var.detach())
+        skewed = self.skewed and self.skewed.detached()[0]
+        bare = replace(self, mean=self.mean.detach(), var=self.var.detach(), skewed=skewed)
         return bare, self.mean.requires_grad
 
     def leaf(self, needs: bool) -> "Gaussian":
         """The beginning of another graph, where that needs gradients."""
         needs = needs and torch.is_grad_enabled()
         mean, var = (t.detach().requires_grad_(needs) for t in (self.mean, self.var))
-        return replace(self, mean=mean, var=var)
+        skewed = self.skewed and self.skewed.leaf(needs)
+        return replace(self, mean=mean, var=var, skewed=skewed)
 
     def pooled(self) -> tuple[Tensor, Tensor]:
         """Mean and variance (K, C) over all positions together."""
@@ -95,21 +104,62 @@ def realised(x: Gaussian) -> Gaussian:
 
     $$ E = p - s n, \qquad Var = \sigma^2 (\Phi(a) + s^2\Phi(-a)) - (1 - s)^2 p n, $$
 
-    which loses no digits where the mean is large.
+    which loses no digits where the mean is large. A skewed summand is integrated over.
     """
     s = x.slope
     if isinstance(s, float) and s == 1:
         return x
+    if x.skewed is not None:
+        return _mixed(x, x.skewed)
     std = x.var.clamp_min(torch.finfo(x.var.dtype).tiny).sqrt()
     a = (x.mean / std).clamp(-FAR, FAR)
     above, below = torch.special.ndtr(a), torch.special.ndtr(-a)
-    middle = std * (a * a * -0.5).exp() * (2 * math.pi) ** -0.5
+    middle = std * _density(a)
     up = torch.addcmul(middle, x.mean, above)
     down = torch.addcmul(middle, x.mean, below, value=-1)
     if isinstance(s, float) and s == 0:
         return Gaussian(up, torch.addcmul(x.var * above, up, down, value=-1), x.axes)
     both = x.var * (above + s * s * below) - (1 - s) ** 2 * up * down
     return Gaussian(up - s * down, both, x.axes)
+
+
+def _mixed(x: Gaussian, skewed: Gaussian) -> Gaussian:
+    """What ReLU makes of a Gaussian and a summand that has been through one already."""
+    own = realised(skewed)
+    nodes, weights = _table(FEW, x.mean.device, x.mean.dtype)
+    std = skewed.var.clamp_min(torch.finfo(skewed.var.dtype).tiny).sqrt().unsqueeze(-1)
+    middle = skewed.mean.unsqueeze(-1)
+    bend = (-middle / std).clamp(-WIDE, WIDE)
+    right = bend + (WIDE - bend) * nodes
+    share = (WIDE - bend) * weights * _density(right)
+    if isinstance(skewed.slope, float) and skewed.slope == 0:  # all on the left is one value
+        z, share = torch.cat([bend, right], -1), torch.cat([torch.special.ndtr(bend), share], -1)
+    else:
+        left = (bend + WIDE) * nodes - WIDE
+        z = torch.cat([left, right], -1)
+        share = torch.cat([(bend + WIDE) * weights * _density(left), share], -1)
+    share = share / share.sum(-1, keepdim=True)
+    values = _leaky(middle + std * z, skewed.slope)
+    # Its moments are known better than by that: it may have had a skewed summand itself.
+    mean = (values * share).sum(-1, keepdim=True)
+    away = values - mean
+    spread = (away.square() * share).sum(-1).clamp_min(torch.finfo(away.dtype).tiny)
+    values = away * (own.var / spread).sqrt().unsqueeze(-1) + own.mean.unsqueeze(-1)
+    rest = (x.mean - own.mean).unsqueeze(-1), (x.var - own.var).clamp_min(0).unsqueeze(-1)
+    slope = x.slope.unsqueeze(-1) if isinstance(x.slope, Tensor) else x.slope
+    given = realised(Gaussian(rest[0] + values, rest[1].expand_as(values), slope=slope))
+    total = (given.mean * share).sum(-1)
+    var = ((given.var + (given.mean - total.unsqueeze(-1)).square()) * share).sum(-1)
+    return Gaussian(total, var, x.axes)
+
+
+def _leaky(x: Tensor, slope: float | Tensor) -> Tensor:
+    slope = slope.unsqueeze(-1) if isinstance(slope, Tensor) else slope
+    return torch.where(x < 0, slope * x, x)
+
+
+def _density(a: Tensor) -> Tensor:
+    return (a * a * -0.5).exp() * math.sqrt(0.5 / math.pi)
 
 
 def rectified(x: Gaussian, slope: float | Tensor = 0.0) -> Gaussian:
@@ -133,7 +183,8 @@ def applied(x: Gaussian, name: str, args: Sequence[Any] = ()) -> Gaussian:
     x = realised(x)
     nodes, weights = _table(NORMAL, x.mean.device, x.mean.dtype)
     std = x.var.clamp_min(torch.finfo(x.var.dtype).tiny).sqrt()
-    y = getattr(torch.ops.aten, name)(x.mean.unsqueeze(-1) + std.unsqueeze(-1) * nodes, *args)
+    values = x.mean.unsqueeze(-1) + std.unsqueeze(-1) * nodes
+    y: Tensor = getattr(torch.ops.aten, name)(values, *args)
     mean = y @ weights
     return Gaussian(mean, (y - mean.unsqueeze(-1)).square() @ weights, x.axes)
 
@@ -173,8 +224,11 @@ def mapped(x: Gaussian, weight: Tensor, bias: Tensor | None) -> Gaussian:
 
 def added(x: Gaussian, y: Gaussian, factor: float = 1.0) -> Gaussian:
     """``x + factor * y``."""
+    bent = [of for of in (x, y) if not (isinstance(of.slope, float) and of.slope == 1)]
     (x, y), axes = _met([x, y])
-    return Gaussian(x.mean + factor * y.mean, x.var + factor**2 * y.var, axes)
+    skewed = bent[0] if len(bent) == 1 and factor == 1 and bent[0].axes == axes else None
+    total = Gaussian(x.mean + factor * y.mean, x.var + factor**2 * y.var, axes)
+    return replace(total, skewed=skewed)
 
 
 def multiplied(x: Gaussian, y: Gaussian) -> Gaussian:
@@ -212,11 +266,11 @@ def flattened(x: Gaussian) -> Gaussian:
     return Gaussian(mean.flatten(1), var.flatten(1))
 
 
-def repeated(x: Gaussian, sizes: Sequence[int]) -> Gaussian:
-    """Resized to the nearest positions."""
-    axes = zip(x.axes, sizes, strict=True)
-    resized = (tuple(a[i * len(a) // size] for i in range(size)) for a, size in axes)
-    return replace(x, axes=tuple(resized))
+def repeated(x: Gaussian, factors: Sequence[int]) -> Gaussian:
+    """Each position so many times."""
+    x, axes = realised(x), zip(x.axes, factors, strict=True)
+    more = tuple(tuple(k for k in axis for _ in range(n)) for axis, n in axes)
+    return Gaussian(x.mean, x.var, more)
 
 
 def averaged(x: Gaussian) -> Gaussian:
@@ -258,19 +312,23 @@ def max_pooled(
 
     $$ E[h(M)] = h(l) + \int_l^u h'(t) (1 - P(M < t))\, dt, $$
 
-    likewise its square, by Gauss-Legendre quadrature on both sides of the ReLU's bend.
+    likewise its square, by quadrature on both sides of the ReLU's bend.
     """
-    if isinstance(x.slope, Tensor) or x.slope < 0:
-        x = realised(x)
+    x = x if x.skewed is None else replace(realised(x), skewed=None)
     rank, slope = len(x.axes), x.slope
+    if isinstance(slope, Tensor):  # below zero is taken for zero
+        slope = slope.clamp_min(0).unsqueeze(-1)
+    elif slope < 0:
+        x, slope = realised(x), 1.0
     std = x.var.clamp_min(torch.finfo(x.var.dtype).tiny).sqrt()
     classes = tuple(range(2, 2 + rank))
     low = (x.mean - REACH * std).amin(classes, keepdim=True).unsqueeze(-1)
     high = (x.mean + REACH * std).amax(classes, keepdim=True).unsqueeze(-1)
-    bend = torch.minimum(low.clamp_min(0), high)
-    nodes, weights = _table(LEGENDRE, x.mean.device, x.mean.dtype)
+    bend = torch.where((low < 0) & (high > 0), 0, (low + high) / 2)
+    nodes, weights = _table(MANY, x.mean.device, x.mean.dtype)
     t = torch.cat([low + (bend - low) * nodes, bend + (high - bend) * nodes], -1)
-    log_below = torch.special.log_ndtr((t - x.mean.unsqueeze(-1)) / std.unsqueeze(-1))
+    z = (t - x.mean.unsqueeze(-1)) / std.unsqueeze(-1)
+    log_below = torch.special.log_ndtr(z.clamp(-FAR, FAR))
     axes = []
     for how in zip(x.axes, kernel, stride, padding, dilation, strict=True):
         axis, size, step, pad, spread = how

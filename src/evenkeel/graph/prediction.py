@@ -269,6 +269,15 @@ def _subtracted(node: fx.Node, x: Any, y: Any, alpha: float = 1) -> Step | None:
     return _sum(x, y, -alpha)
 
 
+def _reversed(node: fx.Node, x: Any, y: Any, alpha: float = 1) -> Step | None:
+    plain = isinstance(x, _Known) and isinstance(y, int | float)
+    return _step(flow.scaled, x, factor=-float(alpha), shift=float(y)) if plain else None
+
+
+def _negated(node: fx.Node, x: _Known) -> Step:
+    return _step(flow.scaled, x, factor=-1.0)
+
+
 def _sum(x: Any, y: Any, factor: float) -> Step | None:
     if isinstance(x, _Known) and isinstance(y, _Known):
         return _step(flow.added, x, y, factor=factor) if x.shape == y.shape else None
@@ -283,15 +292,18 @@ def _applied(node: fx.Node, x: _Known, *args: Any, **kwargs: Any) -> Step | None
     return _step(flow.applied, x, **how) if plain and not kwargs else None
 
 
-def _repeated(node: fx.Node, x: _Known, *args: Any) -> Step:
-    sizes: Any = shape_of(node.meta["val"])[2:]
-    return _step(flow.repeated, x, sizes=sizes)
+def _repeated(node: fx.Node, x: _Known, *args: Any) -> Step | None:
+    sizes = list(zip(shape_of(node.meta["val"])[2:], x.shape[2:], strict=True))
+    factors: Any = [new // old for new, old in sizes]
+    whole = all(new % old == 0 for new, old in sizes)
+    return _step(flow.repeated, x, factors=factors) if whole else None
 
 
 def _multiplied(node: fx.Node, x: Any, y: Any) -> Step | None:
     if isinstance(x, _Known) and isinstance(y, _Known):
-        alike = x.rank == y.rank and x.shape[:2] == y.shape[:2]
-        return _step(flow.multiplied, x, y) if alike else None
+        # A gate, which hardly depends on the element: one with its own sigmoid is not independent.
+        gate = x.rank == y.rank and x.shape[:2] == y.shape[:2] and x.shape != y.shape
+        return _step(flow.multiplied, x, y) if gate else None
     x, y = (x, y) if isinstance(x, _Known) else (y, x)
     return _step(flow.scaled, x, factor=float(y)) if isinstance(y, int | float) else None
 
@@ -380,6 +392,8 @@ RULES: Mapping[str, Callable[..., Step | None]] = {
     "linear": _mapped,
     "add": _added,
     "sub": _subtracted,
+    "rsub": _reversed,
+    "neg": _negated,
     **dict.fromkeys(("mul", "multiply"), _multiplied),
     "div": _divided,
     **dict.fromkeys(("gelu", "silu", "mish", "elu", "celu", "selu"), _applied),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from evenkeel.errors import ConfigError, nearest
 from evenkeel.models.registry import architecture
-from evenkeel.norm import BatchChannelNorm2d, GhostBatchNorm2d, kalmanize, standardize_weights_
+from evenkeel.norm import BatchChannelNorm2d, GhostBatchNorm2d, standardize_weights_
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -128,6 +128,8 @@ def _resnet(
     if weight_standard:
         standardize_weights_(network)
     if norm == KALMAN:
+        from evenkeel.norm import kalmanize  # with the graph, which others do without
+
         x = torch.zeros(2, in_channels, 32, 32)
         return kalmanize(network, x, normalization_batch=normalization_batch)
     return network

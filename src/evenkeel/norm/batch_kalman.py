@@ -14,7 +14,7 @@ from evenkeel.errors import ConfigError, ShapeError
 from evenkeel.moments import measure
 from evenkeel.norm.base import RunningNorm
 from evenkeel.norm.functional import kalman_normalized
-from evenkeel.norm.programs import is_trusted
+from evenkeel.norm.programs import BatchKalman, is_trusted
 from evenkeel.norm.running import Observed, is_recomputation, remember_
 from evenkeel.norm.tape import LinearTransition, Tapes, Visit
 
@@ -111,7 +111,8 @@ class BatchKalmanNorm(RunningNorm):
                 f"A gain that is learned must start between 0 and 1; got {self.gain!r}."
             )
         logit = math.log(self.gain / (1 - self.gain))
-        self.gain_logit = nn.Parameter(self.weight.new_tensor(logit))
+        start = torch.tensor(logit, dtype=self.running_mean.dtype, device=self.running_mean.device)
+        self.gain_logit = nn.Parameter(start)
 
     def join(self, tapes: Tapes, path: str) -> None:
         """Tell and hear in the forwards of a network, as the one with this path."""
@@ -123,36 +124,39 @@ class BatchKalmanNorm(RunningNorm):
         return self._by_fused(x) if self.training and x.numel() else self._by_running(x)
 
     def _by_running(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        affine = self.weight.to(wide), self.bias.to(wide)
-        kept = self.running_mean.to(wide), self.running_var.to(wide)
+        kept = self.running_mean, self.running_var
+        weight, bias = (p.to(kept[0].dtype) for p in self.affine_of(kept[0]))
         visit = self._tapes.visit(self.path) if self._tapes is not None and x.numel() else None
         if visit is not None:  # frozen in a network that trains: a constant to those behind it
             with torch.no_grad():
-                moments = [k.clone().expand(-(-len(x) // self._size(x)), -1) for k in kept]
+                moments = [k.clone().expand(len(self._parts(x)), -1) for k in kept]
                 visit.tell(self, moments, moments, x.shape[2:])
-        return F.batch_norm(x, *kept, *affine, False, 0.0, self.eps)
+        return F.batch_norm(x, *kept, weight, bias, False, 0.0, self.eps)
 
     def _by_fused(self, x: Tensor) -> Tensor:
-        size = self._size(x)
-        whole = len(x) // size * size
-        pieces = [x] if whole == len(x) else x.tensor_split([whole])  # what is left over is a part
+        sizes = self._parts(x)
+        odd = sizes[-1] < sizes[0]  # what is left over is a part too
+        pieces = x.tensor_split([len(x) - sizes[-1]]) if odd else [x]
         moments = [measure(piece) for piece in pieces]
         visit = self._visit(moments[0].mean)
         prior, repeat = (None, None) if visit is None else visit.prior(self.transition)
-        if prior is None and min(len(piece) for piece in pieces) * moments[0].positions == 1:
+        if prior is not None and prior[0].shape != (len(sizes), self.num_features):
+            prior = None  # the network has cut its batch in other parts meanwhile
+        if prior is None and sizes[-1] * moments[0].positions == 1:
             raise ShapeError(
                 f"{type(self).__name__} needs more than one value per channel to train on, or a "
                 f"prior; got one sample of one position. evenkeel.norm.kalmanize gives priors to "
                 f"all layers but the first."
             )
+        gain = self.gain if self.gain_logit is None else self.gain_logit.sigmoid()
         ys, found, start = [], [], 0
         for piece, of in zip(pieces, moments, strict=True):
-            parts = max(1, len(piece) // size)
+            parts = len(sizes) - odd if start == 0 else 1
             rows = prior and tuple(p[start : start + parts] for p in prior)
-            y, *told = kalman_normalized(
-                piece, of, rows, self.weight, self.bias, self._gain(), parts, self.eps
-            )
+            fixed = None if isinstance(gain, Tensor) else gain
+            program = BatchKalman(parts, self.eps, fixed, guarded=self.transition is None)
+            affine = self.affine_of(of.mean)
+            y, *told = kalman_normalized(piece, of, program, rows, *affine, gain)
             start += parts
             ys.append(y)
             found.append(told)
@@ -165,14 +169,21 @@ class BatchKalmanNorm(RunningNorm):
                 visit.tapes.listener(self.path, prior, (mean, var), (observed[0], observed[1]))
         if not is_recomputation():
             self._recent.add(moments[0].mean, repeat)
-            self._remember(prior, (mean, var), observed, size * moments[0].positions)
+            counts = [size * moments[0].positions for size in sizes]
+            self._remember(prior, (mean, var), observed[1], counts, gain)
         return ys[0] if len(ys) == 1 else torch.cat(ys)
 
-    def _size(self, x: Tensor) -> int:
-        return min(self.normalization_batch or len(x), len(x))
+    def affine_of(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias; ones and zeros where it has none."""
+        if self.weight is None:
+            return like.new_ones(self.num_features), like.new_zeros(self.num_features)
+        return self.weight, self.bias
 
-    def _gain(self) -> Tensor | float:
-        return self.gain if self.gain_logit is None else self.gain_logit.sigmoid()
+    def _parts(self, x: Tensor) -> list[int]:
+        """Samples of each part of the batch."""
+        size = min(self.normalization_batch or len(x), len(x))
+        rest = len(x) % size
+        return [size] * (len(x) // size) + ([rest] if rest else [])
 
     def _visit(self, mean: Tensor) -> Visit | None:
         """To the tape of this forward; where that is repeated, to one like it."""
@@ -183,13 +194,20 @@ class BatchKalmanNorm(RunningNorm):
 
     @torch.no_grad()
     def _remember(
-        self, prior: Any, fused: tuple[Tensor, Tensor], observed: list[Tensor], count: int
+        self,
+        prior: tuple[Tensor, Tensor] | None,
+        fused: tuple[Tensor, Tensor],
+        observed: Tensor,
+        counts: list[int],
+        gain: Tensor | float,
     ) -> None:
         """Take the fused statistics into the running ones, with the observed variance unbiased."""
-        share: Tensor | float = 1.0  # of the observed variance, which is to be made unbiased
+        share: Tensor | float = 1.0  # of the observed variance
         if prior is not None:
-            share = torch.where(is_trusted(prior[1], observed[1]), self._gain(), 1.0)
-        mean, var = fused[0], fused[1] + share * observed[1] / max(count - 1, 1)
+            guarded = self.transition is None
+            share = torch.where(is_trusted(prior, observed), gain, 1.0) if guarded else gain
+        more = observed.new_tensor([1 / max(count - 1, 1) for count in counts]).unsqueeze(1)
+        mean, var = fused[0], fused[1] + share * observed * more
         remember_(self, Observed(mean.unsqueeze(1), var.unsqueeze(1), share=0.0, bessel=1.0))
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:

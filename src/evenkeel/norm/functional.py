@@ -126,25 +126,23 @@ def batch_kalman_norm(
             f"got {shapes}."
         )
     moments = measure(x)
-    y, mean, var, *_ = kalman_normalized(x, moments, given, weight, bias, gain, parts, eps)
+    program = BatchKalman(parts, eps, None if isinstance(gain, Tensor) else gain)
+    y, mean, var, *_ = kalman_normalized(x, moments, program, given, weight, bias, gain)
     return y, Moments(mean, var, len(x) // parts * moments.positions)
 
 
 def kalman_normalized(
     x: Tensor,
     moments: Moments,
+    program: BatchKalman,
     prior: tuple[Tensor, ...] | None,
     weight: Tensor,
     bias: Tensor,
     gain: float | Tensor,
-    parts: int,
-    eps: float,
 ) -> tuple[Tensor, ...]:
     """``y``; fused mean and variance, (K, C); observed ones."""
-    learned = isinstance(gain, Tensor)
-    program = BatchKalman(parts, eps, None if isinstance(gain, Tensor) else gain)
-    others = () if prior is None else (*prior, gain) if learned else prior
-    return normalize_and_tell(x, moments, program, weight, bias, *others)  # type: ignore[arg-type]
+    others = () if prior is None else (*prior, gain) if isinstance(gain, Tensor) else prior
+    return normalize_and_tell(x, moments, program, weight, bias, *others)
 
 
 def require_groups(channels: int, groups: int) -> None:

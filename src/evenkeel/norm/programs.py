@@ -160,6 +160,7 @@ class BatchKalman:
         parts: of the batch, each with statistics of its own, K.
         eps: added to the variance.
         gain: $q$; None where it is the last parameter.
+        guarded: whether a prior out of reach is left aside.
 
     The parameters are weight and bias, (C,), then those of the prior, (K, C), where there is one.
     """
@@ -167,6 +168,7 @@ class BatchKalman:
     parts: int
     eps: float
     gain: float | None
+    guarded: bool = True
 
     def __call__(
         self, moments: Moments, weight: Tensor, bias: Tensor, *others: Tensor
@@ -176,6 +178,8 @@ class BatchKalman:
         mean, var = observed
         if others:
             prior = others[0].unsqueeze(1), others[1].unsqueeze(1)
+            if self.guarded:
+                prior = trusted(prior, observed)
             mean, var = fused(prior, observed, others[2] if self.gain is None else self.gain)
         away = moments.mean.view(*observed[0].shape[:1], -1, len(weight)) - mean
         scale = weight * (var + self.eps).rsqrt()
@@ -188,17 +192,22 @@ class BatchKalman:
 def fused(
     prior: tuple[Tensor, Tensor], observed: tuple[Tensor, Tensor], gain: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """The moments of the mixture of both, or the observed ones where the prior is out of reach."""
+    """The moments of the mixture of both."""
     (mean, var), (seen_mean, seen_var) = prior, observed
-    use = is_trusted(var, seen_var)
-    mean, var = torch.where(use, mean, seen_mean), torch.where(use, var, seen_var)
     away = seen_mean - mean
     return mean + gain * away, var + gain * (seen_var - var) + gain * (1 - gain) * away.square()
 
 
+def trusted(prior: tuple[Tensor, Tensor], observed: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The prior, or in its place the observed moments where it is out of reach."""
+    use = is_trusted(prior, observed[1])
+    return torch.where(use, prior[0], observed[0]), torch.where(use, prior[1], observed[1])
+
+
 @torch.no_grad()
-def is_trusted(prior: Tensor, observed: Tensor) -> Tensor:
-    """Whether predicted variances are finite and, on average, not many times the observed ones."""
+def is_trusted(prior: tuple[Tensor, Tensor], observed: Tensor) -> Tensor:
+    """Whether it is finite and its variances are, on average, not many times the observed ones."""
     seen = observed > 0
-    ratio = torch.where(seen, prior / torch.where(seen, observed, 1), 0)
-    return ratio.sum() < UNTRUSTED * seen.sum().clamp_min(1)
+    ratio = torch.where(seen, prior[1] / torch.where(seen, observed, 1), 0)
+    finite = prior[0].isfinite().all() & prior[1].isfinite().all()
+    return finite & (ratio.sum() < UNTRUSTED * seen.sum().clamp_min(1))

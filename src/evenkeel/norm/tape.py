@@ -1,5 +1,6 @@
 """What the normalizers of one forward tell each other."""
 
+import contextlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from evenkeel.errors import ConfigError
 from evenkeel.graph.flow import Gaussian
 from evenkeel.graph.prediction import Place, Prediction
 
@@ -94,10 +96,11 @@ class Visit:
         """Predicted mean and variance (K, C), None for none; and what it takes to repeat this."""
         step, before = self.place.prior, set(self.known)
         if step is None:
-            return None, Repeat(self.tapes, self.place, {})
+            return None, Repeat(self.tapes, self.place, {}, True)
         plan = self.tapes.prediction
         kind = next((x.mean.device.type for x in self.known.values()), "cpu")
-        with torch.autocast(kind, enabled=False):
+        wide = torch.amp.is_autocast_available(kind)
+        with torch.autocast(kind, enabled=False) if wide else contextlib.nullcontext():
             if transition is None:
                 found = plan.evaluate(step, self.known, self.tapes.network)
                 prior = None if found is None else found.pooled()
@@ -108,7 +111,8 @@ class Visit:
                 read = set(sources) & before
                 told = [self.known[i].pooled() for i in sources if i in read]
                 prior = transition(told) if len(told) == len(sources) else None
-        return prior, Repeat(self.tapes, self.place, {i: self.known[i].detached() for i in read})
+        kept = {i: self.known[i].detached() for i in read}
+        return prior, Repeat(self.tapes, self.place, kept, torch.is_grad_enabled())
 
     def tell(self, layer: Any, fused: Sequence[Tensor], seen: Sequence[Tensor], size: Any) -> None:
         """What the layer found, (K, C): fused mean and variance, and observed ones."""
@@ -124,14 +128,22 @@ class Repeat:
         tapes: of the network.
         place: in the plan.
         read: the moments that the prior was made of, and whether they need gradients.
+        recorded: whether gradients were recorded.
     """
 
     tapes: Tapes
     place: Place
     read: dict[int, tuple[Gaussian, bool]]
+    recorded: bool
 
     def visit(self) -> Visit:
         """As the one before: gradients go where they went, through the graph made then."""
+        if not self.recorded:
+            raise ConfigError(
+                f"'{self.place.path}' has a prior from outside of the part that is checkpointed; "
+                f"gradients reach it with torch.utils.checkpoint.checkpoint(use_reentrant=False) "
+                f"only; got use_reentrant=True."
+            )
         return Visit(
             self.tapes, self.place, {i: x.leaf(needs) for i, (x, needs) in self.read.items()}
         )
@@ -143,7 +155,7 @@ def _told(
     """The moments that a layer's output is taken to have."""
     if propagate == "raw":
         return fused
-    weight, bias = (p.to(fused[0].dtype) for p in (layer.weight, layer.bias))
+    weight, bias = (p.to(fused[0].dtype) for p in layer.affine_of(fused[0]))
     if propagate == "normalized":
         return bias.expand_as(fused[0]), weight.square().expand_as(fused[1])
     scale = weight * (fused[1] + layer.eps).rsqrt()

@@ -64,7 +64,13 @@ class Kalmanized(nn.Module):
         network = copy.deepcopy(self.network)
         for path, layer in list(network.named_modules(remove_duplicate=False)):
             if isinstance(layer, BatchKalmanNorm):
-                network.set_submodule(path, in_place_of(layer, self._kinds[layer.path]))
+                kind = functools.partial(self._kinds[layer.path], affine=layer.weight is not None)
+                plain = in_place_of(layer, kind)
+                if layer.running_var.dtype != plain.running_var.dtype:
+                    plain = plain.float()  # what is kept in float32 may not fit into half
+                    plain.running_mean.copy_(layer.running_mean)  # type: ignore[operator]
+                    plain.running_var.copy_(layer.running_var)  # type: ignore[operator]
+                network.set_submodule(path, plain)
         return network
 
     def to_dict(self) -> dict[str, Any]:
@@ -152,18 +158,20 @@ def kalmanize(
     for path in conversion.converted:
         layer = _normalizer(network, path)
         layer.join(tapes, path)
+        if getattr(conversion.old[path], "affine", True) is False:
+            layer.weight, layer.bias = None, None  # type: ignore[assignment]
         if learn_gain and path in priors:
             layer.learn_gain_()
         if transition == "linear" and path in priors:
             channels = [_normalizer(network, source).num_features for source in priors[path]]
             linear = LinearTransition(channels, layer.num_features)
-            layer.transition = linear.to(layer.weight.device)
+            layer.transition = linear.to(layer.running_mean)
     kinds = {path: _kind(old) for path, old in conversion.old.items()}
     return Kalmanized(network, tapes, priors, without, kinds).train(model.training)
 
 
 def _kind(old: nn.Module) -> type[nn.Module]:
-    kinds = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
+    kinds = nn.SyncBatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
     return next((kind for kind in kinds if isinstance(old, kind)), nn.BatchNorm2d)
 
 
