@@ -18,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 import evenkeel as ek
+from evenkeel import models
 from evenkeel.errors import ConfigError, ShapeError
 from evenkeel.moments import Moments
 from evenkeel.norm import (
@@ -25,6 +26,8 @@ from evenkeel.norm import (
     BatchKalmanNorm1d,
     BatchKalmanNorm2d,
     BatchKalmanNorm3d,
+    GhostBatchNorm2d,
+    convert_,
     kalmanize,
 )
 from evenkeel.norm.functional import batch_kalman_norm
@@ -1254,3 +1257,23 @@ def test_layers_without_weights_stay_so():
     kalman.eval()
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(kalman(x), kalman.to_batch_norm()(x))
+
+
+def test_no_more_activations_are_kept_than_without_priors():
+    net, x = models.build("resnet8_digits").train(), torch.randn(32, 1, 8, 8)
+    kalman = kalmanize(net, x, normalization_batch=2)
+
+    def kept(network):
+        """Shapes of the activations, of 32 samples, that autograd holds on to."""
+        seen = {}
+
+        def note(t):
+            seen[t.untyped_storage().data_ptr()] = t.shape
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            network(x).sum()
+        return sorted(shape for shape in seen.values() if shape[:1] == (32,))
+
+    convert_(net, lambda channels: GhostBatchNorm2d(channels, normalization_batch=2))
+    assert kept(kalman) == kept(net)
