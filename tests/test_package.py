@@ -20,6 +20,7 @@ METHODS = {"analog", "balance", "calibrate", "norm"}
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     **{method: GROUND | {method} for method in METHODS},
+    "memory": GROUND | {"memory", "analog"},  # on the devices that layers are on
     "models": GROUND | {"models", "norm"},
     "data": GROUND | {"data"},
     "train": GROUND | {"train"},
@@ -70,7 +71,7 @@ def test_an_import_is_cheap_and_silent():
 def surface() -> dict[str, list[str]]:
     """Public names of each public module."""
     rooms = ("", ".analog", ".audit", ".balance", ".calibrate", ".data", ".graph", ".layers",
-             ".models", ".norm", ".protocols", ".studies", ".testing")  # fmt: skip
+             ".memory", ".models", ".norm", ".protocols", ".studies", ".testing")  # fmt: skip
     modules = {f"evenkeel{room}": importlib.import_module(f"evenkeel{room}") for room in rooms}
     return {
         name: sorted(

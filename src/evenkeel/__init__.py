@@ -1,5 +1,8 @@
 """evenkeel keeps neural networks accurate when the arithmetic under them is not."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from evenkeel import analog as analog
 from evenkeel import norm as norm
 from evenkeel.audit import Audit as Audit
@@ -11,3 +14,12 @@ from evenkeel.calibrate import Calibration as Calibration
 from evenkeel.calibrate import calibrate_ as calibrate_
 from evenkeel.saving import load as load
 from evenkeel.saving import save as save
+
+if TYPE_CHECKING:
+    from evenkeel import memory as memory
+
+
+def __getattr__(name: str) -> Any:
+    if name == "memory":  # an audit does without it
+        return importlib.import_module("evenkeel.memory")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,10 @@
+"""A key-value memory of high-dimensional vectors, for learning from a few examples."""
+
+from evenkeel.memory.attention import SHARPENINGS as SHARPENINGS
+from evenkeel.memory.attention import attention as attention
+from evenkeel.memory.attention import softabs as softabs
+from evenkeel.memory.codes import CODES as CODES
+from evenkeel.memory.codes import encode as encode
+from evenkeel.memory.codes import similarity as similarity
+from evenkeel.memory.key_value import KeyValueMemory as KeyValueMemory
+from evenkeel.memory.key_value import Reading as Reading

@@ -1,0 +1,62 @@
+"""How vectors are written into a memory, and how alike two of them are."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from evenkeel.errors import ConfigError, nearest
+
+Code = Literal["real", "bipolar", "binary", "complement"]
+CODES = get_args(Code)
+
+
+def require_code(code: str) -> None:
+    """Refuse a code that there is not."""
+    if code not in CODES:
+        raise ConfigError(f"Unknown code {code!r}. {nearest(code, CODES)}")
+
+
+def encode(x: Tensor, code: Code) -> Tensor:
+    r"""Vectors (..., d) as they are kept and compared.
+
+    - real: as they are;
+    - bipolar: 1 where $x > 0$, else -1;
+    - binary: 1 where $x > 0$, else 0;
+    - complement: the binary one and what it is not, (..., 2 d).
+
+    Examples:
+        >>> x = torch.tensor([0.3, -2.0, 0.0])
+        >>> encode(x, "bipolar").tolist(), encode(x, "complement").tolist()
+        ([1.0, -1.0, -1.0], [1.0, 0.0, 0.0, 0.0, 1.0, 1.0])
+    """
+    require_code(code)
+    if code == "real":
+        return x
+    binary = (x > 0).to(x.dtype)
+    if code == "bipolar":
+        return 2 * binary - 1
+    return binary if code == "binary" else torch.cat([binary, 1 - binary], -1)
+
+
+def similarity(queries: Tensor, keys: Tensor, code: Code) -> Tensor:
+    r"""How alike encoded queries (..., d) and keys (n, d) are, (..., n).
+
+    - real: the cosine, $\langle a, b\rangle / (\lVert a\rVert\,\lVert b\rVert)$;
+    - bipolar: $\langle a, b\rangle / d$, which is the cosine;
+    - binary: $2\langle a, b\rangle / d$, about half of one for vectors that have nothing in common;
+    - complement: $2\langle a, b\rangle / d - 1$ with d before doubling: the bipolar one, exactly.
+
+    Examples:
+        >>> x, y = torch.tensor([1.0, -1.0, 2.0, 3.0]), torch.tensor([[1.0, 1.0, 1.0, -1.0]])
+        >>> [similarity(encode(x, c), encode(y, c), c).tolist() for c in ("bipolar", "complement")]
+        [[0.0], [0.0]]
+    """
+    require_code(code)
+    if code == "real":
+        return F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).transpose(-1, -2)
+    dot, d = queries @ keys.transpose(-1, -2), keys.shape[-1]
+    if code == "complement":
+        return 4 * dot / d - 1
+    return (2 if code == "binary" else 1) * dot / d
