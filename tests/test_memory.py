@@ -6,12 +6,15 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from evenkeel.errors import ConfigError, ShapeError
 from evenkeel.memory import (
     CODES,
     SHARPENINGS,
+    EpisodeSampler,
+    HDController,
     KeyValueMemory,
     attention,
     encode,
@@ -296,3 +299,93 @@ def test_other_refusals():
         KeyValueMemory(4, read_out="max")
     with pytest.raises(ConfigError, match="dim must be 1 or more"):
         KeyValueMemory(0)
+
+
+# ---- episodes
+
+LABELS = [f"letter {i % 30}" for i in range(30 * 20)]
+
+
+def test_an_episode_is_of_its_classes_and_asks_nothing_that_was_written():
+    sampler = EpisodeSampler(LABELS, 5, 2, 7)
+    for episode in [sampler[k] for k in range(50)]:
+        assert len(set(episode.classes)) == 5
+        for indices, labels, each in (
+            (episode.support, episode.support_labels, 2),
+            (episode.queries, episode.query_labels, 7),
+        ):
+            assert torch.bincount(labels).tolist() == [each] * 5
+            told = [episode.classes[c] for c in labels.tolist()]
+            assert [LABELS[i] for i in indices.tolist()] == told
+        everything = torch.cat([episode.support, episode.queries])
+        assert len(everything.unique()) == 5 * 9
+
+
+def test_an_episode_is_the_same_by_its_number():
+    before = torch.get_rng_state()
+    sampler, again = (EpisodeSampler(LABELS, 5, 1, 3, seed=4) for _ in range(2))
+    all_of_them = list(sampler)
+    for k in (999, 3, 0):
+        assert torch.equal(again[k].support, all_of_them[k].support)
+        assert torch.equal(again[k].queries, all_of_them[k].queries)
+    assert torch.equal(torch.get_rng_state(), before)
+    other = EpisodeSampler(LABELS, 5, 1, 3, seed=5)
+    assert not torch.equal(other[0].support, sampler[0].support)
+    numbers = EpisodeSampler(torch.arange(600) % 30, 5, 1, 3, seed=4)
+    assert torch.equal(numbers[7].support, sampler[7].support)
+
+
+def test_all_classes_and_samples_are_drawn_alike():
+    sampler = EpisodeSampler(LABELS, 6, 2, 3, episodes=1500)
+    seen = torch.zeros(600)
+    for episode in sampler:
+        seen[episode.support] += 1
+    expected = 1500 * 12 / 600
+    assert (seen - expected).square().mean().item() == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ((31, 1, 1), "31 ways needs as many classes; the samples have 30"),
+        ((5, 15, 6), "15 shots and 6 queries, 21 samples; 30 of 30 have fewer, 'letter 0' has 20"),
+        ((0, 1, 1), "ways must be 1 or more; got 0"),
+        ((5, 1, 0), "queries must be 1 or more"),
+    ],
+)
+def test_episodes_that_cannot_be(options, says):
+    with pytest.raises(ConfigError, match=says):
+        EpisodeSampler(LABELS, *options)
+    with pytest.raises(IndexError, match="0 to 999; got 1000"):
+        EpisodeSampler(LABELS, 2, 1, 1)[1000]
+
+
+# ---- the controller
+
+
+def test_the_controller_is_the_published_one():
+    net = HDController()
+    each = [3_328, 409_728, 147_584, 147_584, 1_049_088]
+    layers = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert [sum(p.numel() for p in m.parameters()) for m in layers] == each
+    shapes = []
+    for layer in layers:
+        layer.register_forward_hook(lambda m, args, y: shapes.append(tuple(y.shape[1:])))
+    net(torch.zeros(1, 1, 32, 32))
+    sizes = [(128, 28, 28), (128, 24, 24), (128, 10, 10), (128, 8, 8), (512,)]
+    assert shapes == sizes
+    macs = sum(m.weight[0].numel() * math.prod(s) for m, s in zip(layers, shapes, strict=True))
+    assert macs == pytest.approx(263.7e6, rel=1e-3)
+
+
+def test_an_episode_through_controller_and_memory_trains_the_controller():
+    net = HDController(32, channels=8)
+    images, labels = torch.rand(60, 1, 32, 32), [i % 6 for i in range(60)]
+    episode = EpisodeSampler(labels, 3, 2, 2)[0]
+    memory = KeyValueMemory(32)
+    with torch.no_grad():
+        memory.write(net(images[episode.support]), episode.support_labels)
+    scores = memory.read(net(images[episode.queries])).scores
+    truth = F.one_hot(episode.query_labels, 3).float()
+    F.binary_cross_entropy(scores.clamp(1e-7, 1 - 1e-7), truth).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())

@@ -6,5 +6,8 @@ from evenkeel.memory.attention import softabs as softabs
 from evenkeel.memory.codes import CODES as CODES
 from evenkeel.memory.codes import encode as encode
 from evenkeel.memory.codes import similarity as similarity
+from evenkeel.memory.controller import HDController as HDController
+from evenkeel.memory.episodes import Episode as Episode
+from evenkeel.memory.episodes import EpisodeSampler as EpisodeSampler
 from evenkeel.memory.key_value import KeyValueMemory as KeyValueMemory
 from evenkeel.memory.key_value import Reading as Reading
