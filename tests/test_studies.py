@@ -26,7 +26,7 @@ from evenkeel.studies import training as runs
 from evenkeel.studies.batch_channel import training
 from evenkeel.studies.equi_norm.training import trained as trained_balanced
 from evenkeel.studies.frame import as_lines, cells_of
-from evenkeel.studies.kalman.calibration import predict_
+from evenkeel.studies.kalman.calibration import few_images, predict_
 from evenkeel.studies.kalman.estimates import distances
 from evenkeel.studies.noise_aware import harden, study
 from evenkeel.studies.noise_aware.harden import CLIP, InjectedNoise, hardened_network
@@ -844,6 +844,14 @@ def test_the_oracle_is_of_the_network_as_the_batch_left_it():
     rows = distances(network, torch.cat([pool[:64], pool[:64]]), oracle=64, **options)
     observed = next(r for r in rows if r["estimate"] == "observed")  # of the oracle's own samples
     assert max(observed["mean"], observed["log_var"]) < 1e-4
+
+
+def test_a_chip_by_a_handful_of_images(desk, tmp_path):
+    network = fit(lambda: models.build("resnet8_digits"), *desk.training_data(), epochs=2)
+    ek.save(network, tmp_path / "network.safetensors")
+    row = few_images(tmp_path / "network.safetensors", "digits", None, 0.1, 0, 16, 100)
+    assert list(row["accuracy"]) == ["none", "calibrate", "predicted", "predicted+calibrate"]
+    assert all(0 <= value <= 100 for value in row["accuracy"].values())
 
 
 def test_a_prediction_of_what_the_weights_change(desk):

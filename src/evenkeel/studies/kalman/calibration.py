@@ -33,7 +33,7 @@ def few_images(
 ) -> dict[str, Any]:
     """Accuracy in percent of one chip, by what was done with so many unlabelled images."""
     model, samples = load_network(network), load_data(data, root).limited(test=test_samples)
-    few = torch.cat([x for x, _ in samples.calibration])[:images]
+    few = torch.cat([batch[0] for batch in samples.calibration])[:images]
     task, accuracy = Classify(), {}
     for way in WAYS:
         programmed = ek.analog.program(model, Gaussian(level), seed=chip)
