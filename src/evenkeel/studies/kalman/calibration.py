@@ -19,6 +19,8 @@ from evenkeel.audit.tasks import Classify
 from evenkeel.layers import running_normalizers
 from evenkeel.studies.frame import load_data, load_network
 
+DEAD = 1e-12
+"""Variance below which a channel is left as it is: nothing comes to it."""
 WAYS = ("none", "calibrate", "predicted", "predicted+calibrate")
 
 
@@ -54,9 +56,10 @@ def predict_(chip: ek.analog.Chip, model: nn.Module, x: Tensor) -> None:
     before, after = _predicted(model, x), _predicted(noisy, x)
     for path, normalizer in running_normalizers(chip.model):
         (mean, var), (new_mean, new_var) = before[path], after[path]
+        live = (var > DEAD) & (new_var > DEAD)
         size = (normalizer.running_var / var).sqrt()  # of the network's deviation to that predicted
-        normalizer.running_mean += size * (new_mean - mean)
-        normalizer.running_var *= new_var / var
+        normalizer.running_mean += torch.where(live, size * (new_mean - mean), 0)
+        normalizer.running_var *= torch.where(live, new_var / var, 1)
 
 
 def _predicted(model: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
