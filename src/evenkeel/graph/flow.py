@@ -1,30 +1,25 @@
-r"""How mean and variance of activations flow through a network, in closed form.
+r"""How mean and variance of activations flow through a network. Nothing is drawn.
 
 Every element is taken for a Gaussian of its own, independent of all others. So a sum of weighted
-elements has the weighted sum of the means, and of the variances with squared weights; ReLU and the
-larger of two have known moments. Nothing is drawn.
+elements has the weighted sum of the means, and of the variances with squared weights, and ReLU has
+known moments. Other functions, maxima, and ReLU of what is no Gaussian are integrated.
 
 At the borders of a padded convolution fewer elements are summed. But most positions of a map are
 alike: those on one axis fall into a few classes, and only one of each is worked out.
 """
 
-import functools
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-P = ParamSpec("P")
-T = TypeVar("T")
-Axis = tuple[int, ...]
-"""The class of each position on one axis: 0, 1, ... in the order in which they appear."""
-OUTSIDE = -1
-"""The class of zeros around."""
+from evenkeel.graph import positions
+from evenkeel.graph.positions import OUTSIDE, Axis
+
 FAR = 40.0
 """Deviations beyond which nothing of a Gaussian is left, in float64."""
 WIDE = 6.0
@@ -202,7 +197,7 @@ def convolved(
     """Through a convolution of any rank, with zeros around."""
     x, weight = realised(x), weight.to(x.mean.dtype)
     found = [
-        _windows(axis, taps, step, around, apart)
+        positions.windows(axis, taps, step, around, apart)
         for axis, taps, step, around, apart in zip(
             x.axes, weight.shape[2:], stride, padding, dilation, strict=True
         )
@@ -261,7 +256,7 @@ def flattened(x: Gaussian) -> Gaussian:
     x = realised(x)
     mean, var = x.mean, x.var
     for i, axis in enumerate(x.axes):
-        at = _index(axis, mean.device)
+        at = positions.index(axis, mean.device)
         mean, var = mean.index_select(2 + i, at), var.index_select(2 + i, at)
     return Gaussian(mean.flatten(1), var.flatten(1))
 
@@ -276,8 +271,8 @@ def repeated(x: Gaussian, factors: Sequence[int]) -> Gaussian:
 def averaged(x: Gaussian) -> Gaussian:
     """The mean over all positions, which are kept as axes of one."""
     x = realised(x)
-    positions = math.prod(map(len, x.axes))
-    mean, var = _averaged(x.mean, x.axes), _averaged(x.var, x.axes) / positions
+    number = math.prod(map(len, x.axes))
+    mean, var = _averaged(x.mean, x.axes), _averaged(x.var, x.axes) / number
     return Gaussian.alike(mean, var, [1] * len(x.axes))
 
 
@@ -332,8 +327,8 @@ def max_pooled(
     axes = []
     for how in zip(x.axes, kernel, stride, padding, dilation, strict=True):
         axis, size, step, pad, spread = how
-        out, windows = _windows(axis, size, step, (pad, pad), spread)
-        counts = _counts(max(axis) + 1, windows, t.device, t.dtype)
+        out, windows = positions.windows(axis, size, step, (pad, pad), spread)
+        counts = positions.counts(max(axis) + 1, windows, t.device, t.dtype)
         log_below = torch.tensordot(log_below, counts, dims=([2], [0]))  # the axis goes to the end
         axes.append(out)
     above = -torch.expm1(log_below.movedim(2, -1))
@@ -347,7 +342,7 @@ def max_pooled(
     return Gaussian(start.squeeze(-1) + more, var, tuple(axes))
 
 
-# ---- classes of positions
+# ---- over classes of positions
 
 
 def _summed(
@@ -360,114 +355,41 @@ def _summed(
         parts = x.reshape(len(x), groups, -1).transpose(0, 1)  # (groups, K, I)
         taps = torch.bmm(parts, rows.transpose(1, 2)).transpose(0, 1)
         taps = taps.reshape(len(x), len(weight), -1)
-        sums = taps @ _inside(windows, x.device, x.dtype)
+        sums = taps @ positions.inside(windows, x.device, x.dtype)
         return sums.view(len(x), -1, *sizes)
     for i, axis in enumerate(windows):  # what each window reads, side by side; zeros outside
         pads = [0, 0] * (x.dim() - 3 - i) + [0, 1]
         zero = x.shape[2 + i]
         at = tuple(zero if k == OUTSIDE else k for window in axis for k in window)
-        x = F.pad(x, pads).index_select(2 + i, _index(at, x.device))
+        x = F.pad(x, pads).index_select(2 + i, positions.index(at, x.device))
     convolution = (F.conv1d, F.conv2d, F.conv3d)[len(windows) - 1]
     return convolution(x, weight, None, weight.shape[2:], groups=groups)
 
 
 def _averaged(x: Tensor, axes: Sequence[Axis]) -> Tensor:
     """Over positions, of which a class has some; (K, C, *classes) -> (K, C)."""
-    return x.flatten(2) @ _shares(tuple(axes), x.device, x.dtype) if axes else x
+    return x.flatten(2) @ positions.shares(tuple(axes), x.device, x.dtype) if axes else x
 
 
 def _met(parts: Sequence[Gaussian]) -> tuple[list[Gaussian], tuple[Axis, ...]]:
     """Each with the classes that all together tell apart."""
     parts = [realised(part) for part in parts]
     sizes = [max(map(len, axes)) for axes in zip(*(p.axes for p in parts), strict=True)]
-    parts = [replace(part, axes=_spread(part.axes, sizes)) for part in parts]
+    parts = [replace(part, axes=positions.spread(part.axes, sizes)) for part in parts]
     if all(part.axes == parts[0].axes for part in parts):
         return parts, parts[0].axes
     means, variances = [p.mean for p in parts], [p.var for p in parts]
     joint: list[Axis] = []
     for i, axes in enumerate(zip(*(p.axes for p in parts), strict=True)):
-        axis, members = _distinct(list(zip(*axes, strict=True)))
+        axis, members = positions.distinct(list(zip(*axes, strict=True)))
         joint.append(axis)
         for k, chosen in enumerate(zip(*members, strict=True)):
-            at = _index(chosen, means[k].device)
+            at = positions.index(chosen, means[k].device)
             means[k], variances[k] = (t.index_select(2 + i, at) for t in (means[k], variances[k]))
     made = [Gaussian(m, v, tuple(joint)) for m, v in zip(means, variances, strict=True)]
     return made, tuple(joint)
 
 
-def _spread(axes: Sequence[Axis], sizes: Sequence[int]) -> tuple[Axis, ...]:
-    """Axes of one position over all."""
-    return tuple(a * size if len(a) == 1 else a for a, size in zip(axes, sizes, strict=True))
-
-
-def _once(make: Callable[P, T]) -> Callable[P, T]:
-    """Made once for all forwards, outside of inference mode, whose tensors know no gradient."""
-
-    @functools.lru_cache(maxsize=1024)
-    def cached(*args: Any) -> T:
-        with torch.inference_mode(False):
-            return make(*args)  # type: ignore[call-arg]
-
-    @functools.wraps(make)
-    def made(*args: Any) -> T:  # compilers do not like a cache
-        return (make if torch.compiler.is_compiling() else cached)(*args)  # type: ignore[call-arg]
-
-    return made  # type: ignore[return-value]
-
-
-@_once
-def _windows(
-    axis: Axis, taps: int, stride: int, padding: tuple[int, int], dilation: int
-) -> tuple[Axis, tuple[Axis, ...]]:
-    """Classes of the outputs; for each, the classes that its taps read."""
-    padded = (OUTSIDE,) * padding[0] + axis + (OUTSIDE,) * padding[1]
-    reach = dilation * (taps - 1) + 1
-    starts = range(0, len(padded) - reach + 1, stride)
-    return _distinct([padded[start : start + reach : dilation] for start in starts])
-
-
-def _distinct(seen: Sequence[Axis]) -> tuple[Axis, tuple[Axis, ...]]:
-    """Number the distinct ones; which number each has, and the distinct ones themselves."""
-    numbers = {what: number for number, what in enumerate(dict.fromkeys(seen))}
-    return tuple(numbers[what] for what in seen), tuple(numbers)
-
-
-@_once
-def _inside(
-    windows: tuple[tuple[Axis, ...], ...], device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """(taps, classes) of all axes together: 1 where a tap of an output is not outside."""
-    taps = itertools.product(*(range(len(axis[0])) for axis in windows))
-    outputs = list(itertools.product(*windows))
-    rows = [
-        [float(all(w[t] != OUTSIDE for w, t in zip(of, tap, strict=True))) for of in outputs]
-        for tap in taps
-    ]
-    return torch.tensor(rows, device=device, dtype=dtype)
-
-
-@_once
-def _counts(
-    classes: int, windows: tuple[Axis, ...], device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """(classes in, classes out): how many of an output's taps read a class."""
-    rows = [[window.count(k) for window in windows] for k in range(classes)]
-    return torch.tensor(rows, device=device, dtype=dtype)
-
-
-@_once
-def _shares(axes: tuple[Axis, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What part of the positions each class has, over all axes together."""
-    parts = [[axis.count(k) / len(axis) for k in range(max(axis) + 1)] for axis in axes]
-    shares = [math.prod(of) for of in itertools.product(*parts)]
-    return torch.tensor(shares, device=device, dtype=dtype)
-
-
-@_once
+@positions.once
 def _table(rows: Table, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor(rows, device=device, dtype=dtype)
-
-
-@_once
-def _index(axis: Axis, device: torch.device) -> Tensor:
-    return torch.tensor(axis, device=device)

@@ -35,6 +35,9 @@ class Tapes:
         self.prediction = prediction
         self.propagate = propagate
         self.listener: Listener | None = None
+        self._places: dict[str, list[Place]] = {}
+        for place in prediction.places:
+            self._places.setdefault(place.path, []).append(place)
         self._local = threading.local()
 
     def open(self) -> "Tape | None":
@@ -52,7 +55,7 @@ class Tapes:
         tape: Tape | None = getattr(self._local, "tape", None)
         if tape is None:
             return None
-        places = [place for place in self.prediction.places if place.path == path]
+        places = self._places.get(path, [])
         time = tape.calls[path]
         tape.calls[path] += 1
         return Visit(self, places[time], tape.known) if time < len(places) else None
