@@ -3,6 +3,7 @@
 from evenkeel.analog.chip import Chip as Chip
 from evenkeel.analog.clip import clip_weights_ as clip_weights_
 from evenkeel.analog.compensation import compensate_drift_ as compensate_drift_
+from evenkeel.analog.converter import Converter as Converter
 from evenkeel.analog.device import Device as Device
 from evenkeel.analog.device import DeviceModel as DeviceModel
 from evenkeel.analog.faults import StuckAt as StuckAt
@@ -12,3 +13,4 @@ from evenkeel.analog.program import program as program
 from evenkeel.analog.statistical import Gain as Gain
 from evenkeel.analog.statistical import Gaussian as Gaussian
 from evenkeel.analog.statistical import LogNormal as LogNormal
+from evenkeel.analog.statistical import Spread as Spread

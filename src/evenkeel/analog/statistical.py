@@ -70,6 +70,30 @@ class LogNormal(DeviceModel):
 
 
 @dataclass(frozen=True)
+class Spread(DeviceModel):
+    r"""Conductances that scatter in proportion to themselves, as one write leaves them.
+
+    $$ \tilde G = \max(0,\; G\,(1 + \text{level}\,\xi)), \qquad \xi \sim N(0, 1) $$
+
+    The conductance spread by which devices written without verification are named. Devices left at
+    zero stay there; from a level of about 0.5 on, the bound at zero lifts the mean.
+
+    Args:
+        level: standard deviation as a share of the target.
+    """
+
+    level: float
+
+    def __post_init__(self) -> None:
+        _require_level(self, self.level)
+
+    def write(self, g: Tensor, draws: Draws, g_max: float) -> tuple[Tensor, State]:
+        """Each device on its own."""
+        xi = draws.normal("spread", tuple(g.shape), device=g.device)
+        return (g * (1 + self.level * xi)).clamp_min(0), {}
+
+
+@dataclass(frozen=True)
 class Gain(DeviceModel):
     """Every conductance times one factor: the simplest error, which a remedy must undo exactly.
 

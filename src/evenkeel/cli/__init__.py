@@ -14,6 +14,7 @@ def main() -> None:
     from evenkeel.cli.bench import bench
     from evenkeel.cli.data import data
     from evenkeel.cli.devices import devices
+    from evenkeel.cli.fewshot import fewshot
     from evenkeel.cli.inspection import inspect
     from evenkeel.cli.study import study
     from evenkeel.cli.train import train
@@ -28,6 +29,7 @@ def main() -> None:
     app.command(data)
     app.command(train)
     app.command(study)
+    app.command(fewshot)
     app.command(balance)
     app.command(inspect)
     app.command(bench)

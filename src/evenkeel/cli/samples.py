@@ -22,7 +22,7 @@ def samples_from(name: str, root: Path | None = None, mean: str = "0", std: str 
     if name == "digits":
         return datasets.digits()
     if name in datasets.SETS:
-        return datasets.SETS[name].read(datasets.folder_of(name, root))
+        return datasets.read_set(name, root)
     if Path(name).is_dir():
         return datasets.image_folder(name, mean=shift, std=scale)
     if ":" in name:

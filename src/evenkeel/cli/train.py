@@ -154,5 +154,4 @@ def _data(name: str, root: Path | None) -> tuple[datasets.Data, tuple[Tensor, Te
         samples = datasets.digits()
         assert samples.train is not None
         return samples, samples.train
-    folder = datasets.folder_of(name, root)
-    return datasets.SETS[name].read(folder), datasets.SETS[name].read_train(folder)
+    return datasets.read_set(name, root), datasets.read_training_set(name, root)

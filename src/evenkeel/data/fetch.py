@@ -3,12 +3,15 @@
 import gzip
 import hashlib
 import tarfile
+import tempfile
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from evenkeel.data.folder import pictures_digest
 from evenkeel.data.sets import check, data_root, standard_set
 from evenkeel.errors import ConfigError, StoreError
 from evenkeel.files import require_writable_folder, write_atomically
@@ -51,12 +54,12 @@ def fetch(
         source = f"{mirror.rstrip('/')}/{archive}" if mirror else url
         path = _download(source, folder / f".{archive}.part", archive, progress)
         try:
+            if archive.endswith(".zip"):
+                _unfold(path, folder / wanted[0], chosen.files[wanted[0]], source)
+                continue
             for file, content in _unpacked(path, archive, wanted):
                 if hashlib.sha256(content).hexdigest() != chosen.files[file]:
-                    raise ConfigError(
-                        f"{file} from {source} has another checksum than the published set; it was "
-                        f"not kept. Try again, or another mirror."
-                    )
+                    raise _not_the_published(file, source)
                 write_atomically(folder / file, content)
         finally:
             path.unlink()  # a whole archive that is wrong must not be continued
@@ -66,7 +69,30 @@ def fetch(
 def _wanted(archive: str, files: object) -> list[str]:
     """The set's files that an archive holds."""
     names = list(files)  # type: ignore[call-overload]
-    return names if archive.endswith(".tar.gz") else [archive.removesuffix(".gz")]
+    return names if archive.endswith(".tar.gz") else [Path(archive).stem]
+
+
+def _not_the_published(file: str, source: str) -> ConfigError:
+    return ConfigError(
+        f"{file} from {source} has another checksum than the published set; it was not kept. Try "
+        f"again, or another mirror."
+    )
+
+
+def _unfold(path: Path, folder: Path, wanted: str, source: str) -> None:
+    """Unpack a folder of images beside its place, and move it there when it is the right one."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                archive.extractall(beside)
+        except (OSError, EOFError, zipfile.BadZipFile) as error:
+            raise ConfigError(f"{source} is no whole archive: {error}. Try again.") from error
+        new = Path(beside) / folder.name
+        if not new.is_dir() or pictures_digest(new) != wanted:
+            raise _not_the_published(folder.name, source)
+        if folder.exists():  # it was damaged
+            folder.rename(Path(beside) / "damaged")
+        new.rename(folder)
 
 
 def _unpacked(path: Path, archive: str, wanted: list[str]) -> Iterator[tuple[str, bytes]]:

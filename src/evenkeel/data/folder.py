@@ -1,11 +1,13 @@
 """Images in one folder per class."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from evenkeel.data.dataset import Data, batched
 from evenkeel.errors import ConfigError
@@ -36,14 +38,14 @@ def image_folder(
     root = Path(root)
     test, train = _part(root, "test", "val"), _part(root, "calibration", "train")
     classes = _classes(test)
-    paths = [(path, k) for k, name in enumerate(classes) for path in _images(test / name)]
-    wanted = [path for name in _classes(train) for path in _images(train / name)]
+    paths = [(path, k) for k, name in enumerate(classes) for path in image_files(test / name)]
+    wanted = [path for name in _classes(train) for path in image_files(train / name)]
     if not paths or not wanted:
         empty = train if paths else test
         raise ConfigError(f"No images in {empty}: expected {empty}/CLASS/*.png (or jpg, ...).")
     count = min(calibration_samples, len(wanted))
     spread = [wanted[k * len(wanted) // count] for k in range(count)]
-    pixels = _stack([path for path, _ in paths] + spread)  # together, as they must have one shape
+    pixels = stacked([path for path, _ in paths] + spread)  # together, as they must have one shape
     x = _normalized(pixels, mean, std)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return Data(
@@ -68,22 +70,46 @@ def _classes(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _images(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
+    """The images that lie in a folder itself, by name."""
     return sorted(
         p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
     )
 
 
-def _stack(paths: list[Path]) -> Tensor:
-    pixels: list[np.ndarray] = []
-    for path in paths:
-        pixels.append(_pixels(path))
+def stacked(
+    paths: list[Path],
+    size: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tensor:
+    """Images (N, C, H, W) in [0, 1], which must have one shape; resized where a size is given."""
+    pixels: list[Tensor] = []
+    for done, path in enumerate(paths, start=1):
+        image = torch.from_numpy(_pixels(path))
+        if size is not None:
+            image = F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)[0]
+        pixels.append(image)
         if pixels[-1].shape != pixels[0].shape:
             raise ConfigError(
-                f"All images must have one shape; {path} is {pixels[-1].shape}, {paths[0]} is "
-                f"{pixels[0].shape}. Resize, crop or convert them as the network expects."
+                f"All images must have one shape; {path} is {tuple(image.shape)}, {paths[0]} "
+                f"is {tuple(pixels[0].shape)}. Resize, crop or convert them as the network expects."
             )
-    return torch.from_numpy(np.stack(pixels))  # (N, C, H, W)
+        progress(done, len(paths))
+    return torch.stack(pixels)
+
+
+def pictures_digest(root: Path) -> str:
+    """A hash of all images below a folder: of their pixels and of the folders' names, in order.
+
+    How files are named or packed does not matter.
+    """
+    hasher = hashlib.sha256()
+    for folder in sorted(path for path in root.rglob("*") if path.is_dir()):
+        for file in image_files(folder):
+            pixels = (255 * _pixels(file)).round().astype(np.uint8)
+            hasher.update(f"{folder.relative_to(root).as_posix()}{pixels.shape}".encode())
+            hasher.update(pixels.tobytes())
+    return hasher.hexdigest()
 
 
 def _pixels(path: Path) -> np.ndarray:

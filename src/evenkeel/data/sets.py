@@ -10,6 +10,7 @@ from torch import Tensor
 
 from evenkeel.data.cifar10 import cifar10, cifar10_train
 from evenkeel.data.dataset import Data
+from evenkeel.data.folder import pictures_digest
 from evenkeel.data.mnist import mnist, mnist_train
 from evenkeel.errors import ConfigError, nearest
 
@@ -22,10 +23,11 @@ class StandardSet:
 
     Attributes:
         folder: below the data root.
-        files: sha256 of each file.
-        urls: archives that hold the files: a tar.gz of the folder, or a .gz of one file.
+        files: sha256 of each file; of a folder of images, that of its pictures.
+        urls: archives that hold the files: a tar.gz of the folder, a .gz of one file, or a .zip of
+            a folder of images.
         notice: source and licence, in a sentence.
-        read: what an audit needs, from the folder.
+        read: what an audit needs, from the folder; None where it has no classes that stay.
         read_train: all training inputs and labels, from the folder.
     """
 
@@ -33,8 +35,8 @@ class StandardSet:
     files: Mapping[str, str]
     urls: tuple[str, ...]
     notice: str
-    read: Callable[[Path], Data]
-    read_train: Callable[[Path], tuple[Tensor, Tensor]]
+    read: Callable[[Path], Data] | None = None
+    read_train: Callable[[Path], tuple[Tensor, Tensor]] | None = None
 
 
 SETS: Mapping[str, StandardSet] = {
@@ -83,6 +85,23 @@ SETS: Mapping[str, StandardSet] = {
         read=mnist,
         read_train=mnist_train,
     ),
+    "omniglot": StandardSet(
+        folder="omniglot",
+        files={
+            "images_background": (
+                "502c93cb01eab7a099404eca1a15fa99008c119e04427a9b3170d4475b96dd24"
+            ),
+            "images_evaluation": (
+                "0a367bcccf8e740c5d66fa1fd8156b93382fe55555e6c4dc15abe19933e7c179"
+            ),
+        },
+        urls=tuple(
+            f"https://github.com/brendenlake/omniglot/raw/master/python/images_{side}.zip"
+            for side in ("background", "evaluation")
+        ),
+        notice="Omniglot, Lake et al., 'Human-level concept learning through probabilistic program "
+        "induction', Science 350, 2015; MIT licence.",
+    ),
 }
 
 
@@ -107,7 +126,7 @@ def folder_of(name: str, root: str | Path | None = None) -> Path:
     """The folder of a set whose files are all there; their content is what ``check`` is for."""
     chosen = standard_set(name)
     folder = data_root(root) / chosen.folder
-    missing = [file for file in chosen.files if not (folder / file).is_file()]
+    missing = [file for file in chosen.files if not (folder / file).exists()]
     if missing:
         raise ConfigError(
             f"The data set '{name}' is not complete in {folder}: {missing[0]}"
@@ -115,6 +134,22 @@ def folder_of(name: str, root: str | Path | None = None) -> Path:
             + f" missing. Fetch it: evenkeel data fetch {name} --data-root {folder.parent}"
         )
     return folder
+
+
+def read_set(name: str, root: str | Path | None = None) -> Data:
+    """What an audit needs of a set."""
+    read = standard_set(name).read
+    if read is None:
+        raise ConfigError(f"'{name}' is for few-shot episodes: see evenkeel fewshot.")
+    return read(folder_of(name, root))
+
+
+def read_training_set(name: str, root: str | Path | None = None) -> tuple[Tensor, Tensor]:
+    """All training inputs and labels of a set."""
+    read = standard_set(name).read_train
+    if read is None:
+        raise ConfigError(f"'{name}' is for few-shot episodes: see evenkeel fewshot train.")
+    return read(folder_of(name, root))
 
 
 def check(name: str, root: str | Path | None = None) -> dict[str, str]:
@@ -131,6 +166,7 @@ def sha256(path: Path) -> str:
 
 
 def _state(path: Path, wanted: str) -> str:
-    if not path.is_file():
+    if not path.exists():
         return "missing"
-    return "ok" if sha256(path) == wanted else "damaged"
+    found = pictures_digest(path) if path.is_dir() else sha256(path)
+    return "ok" if found == wanted else "damaged"

@@ -55,8 +55,14 @@ def similarity(queries: Tensor, keys: Tensor, code: Code) -> Tensor:
     """
     require_code(code)
     if code == "real":
-        return F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).transpose(-1, -2)
-    dot, d = queries @ keys.transpose(-1, -2), keys.shape[-1]
+        queries, keys = F.normalize(queries, dim=-1), F.normalize(keys, dim=-1)
+    return of_products(queries @ keys.transpose(-1, -2), keys.shape[-1], code)
+
+
+def of_products(products: Tensor, width: int, code: Code) -> Tensor:
+    """Similarities from inner products of encoded vectors of that width; unit vectors for real."""
+    if code == "real":
+        return products
     if code == "complement":
-        return 4 * dot / d - 1
-    return (2 if code == "binary" else 1) * dot / d
+        return 4 * products / width - 1
+    return (2 if code == "binary" else 1) * products / width

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from evenkeel.errors import ConfigError, ShapeError, nearest
 from evenkeel.memory.attention import STIFFNESS, attention, nearest_support, summed
 from evenkeel.memory.codes import Code, encode, require_code, similarity
+
+if TYPE_CHECKING:
+    from evenkeel.analog import Converter, Device, DeviceModel
+    from evenkeel.memory.crossbar import CrossbarMemory
 
 ReadOut = Literal["sum", "nearest"]
 SHARPENING_OF = {"real": "softabs", "bipolar": "abs", "complement": "abs", "binary": "identity"}
@@ -129,43 +133,38 @@ class KeyValueMemory(nn.Module):
     def write(self, keys: Tensor, labels: Sequence[Hashable] | Tensor) -> None:
         """Add supports; labels that are new become classes."""
         keys, labels = self._checked(keys, labels)
-        known = {label: i for i, label in enumerate(self.classes)}
-        classes = [*self.classes]
-        for label in labels:
-            if label not in known:
-                known[label] = len(classes)
-                classes.append(label)
-        owners = torch.tensor([known[label] for label in labels], device=self.owners.device)
-        encoded = encode(keys, self.code)
-        self.keys = torch.cat([self.keys, encoded.to(self.keys)])
-        self.owners = torch.cat([self.owners, owners.long()])
-        self.classes = classes
+        classes = list(dict.fromkeys([*self.classes, *labels]))
+        number = {label: i for i, label in enumerate(classes)}
+        owners = torch.tensor([number[label] for label in labels], dtype=torch.int64)
+        self._become(classes, self.owners >= 0, keys, owners)
 
     def forget(self, label: Hashable) -> None:
         """Remove a class with all its supports."""
         gone = self._class_of(label)
-        kept = self.owners != gone
-        self.keys, owners = self.keys[kept], self.owners[kept]
-        self.owners = owners - (owners > gone).long()
-        self.classes = [known for known in self.classes if known != label]
+        classes = [known for known in self.classes if known != label]
+        nothing = self.keys.new_zeros(0, self.dim), self.owners.new_zeros(0)
+        self._become(classes, self.owners != gone, *nothing)
 
     def replace(self, label: Hashable, keys: Tensor) -> None:
         """Put other supports in the place of a class's."""
         gone = self._class_of(label)
         keys, _ = self._checked(keys, [label] * len(keys))
-        kept = self.owners != gone
-        encoded = encode(keys, self.code).to(self.keys)
-        self.keys = torch.cat([self.keys[kept], encoded])
-        self.owners = torch.cat([self.owners[kept], self.owners.new_full((len(keys),), gone)])
+        self._become(self.classes, self.owners != gone, keys, torch.full((len(keys),), gone))
+
+    def _become(self, classes: list[Hashable], kept: Tensor, keys: Tensor, owners: Tensor) -> None:
+        """Keep some supports and add others: the one place where what is held changes."""
+        number = {label: i for i, label in enumerate(classes)}
+        moved = self.owners.new_tensor([number.get(label, -1) for label in self.classes])
+        self.keys = torch.cat([self.keys[kept], encode(keys, self.code).to(self.keys)])
+        self.owners = torch.cat([moved[self.owners[kept]], owners.to(self.owners)])
+        self.classes = classes
 
     def read(self, queries: Tensor) -> Reading:
         """What queries (..., d) recall."""
         if not len(self):
             raise ConfigError("The memory is empty: write some keys with labels before reading.")
         self._require_vectors(queries, "queries")
-        keys, owners = self.rows()
-        encoded = encode(queries.to(keys.dtype), self.code)
-        alpha = self.compared(encoded, keys)
+        alpha, owners = self.similarities(encode(queries.to(self.keys.dtype), self.code))
         weights = attention(alpha, self.sharpening, self.stiffness)
         out = summed if self.read_out == "sum" else nearest_support
         return Reading(out(weights, owners, len(self.classes)), weights, alpha, tuple(self.classes))
@@ -185,9 +184,39 @@ class KeyValueMemory(nn.Module):
             mean = encode(middle[:, : self.dim], self.code)
         return mean, torch.arange(number, device=mean.device)
 
-    def compared(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Similarities of encoded queries to keys."""
-        return similarity(queries, keys, self.code)
+    def similarities(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Similarities of encoded queries to each row, (..., rows), and the class of each row."""
+        keys, owners = self.rows()
+        return similarity(queries, keys, self.code), owners
+
+    def program(
+        self,
+        device: "Device | DeviceModel",
+        *,
+        seed: int,
+        converter: "Converter | None" = None,
+    ) -> "CrossbarMemory":
+        """This memory on a crossbar; see :class:`evenkeel.memory.CrossbarMemory`."""
+        from evenkeel.memory.crossbar import CrossbarMemory
+
+        memory = CrossbarMemory(
+            self.dim, device, seed=seed, converter=converter, **self.options()
+        ).to(self.keys.device)
+        if len(self):
+            keys = self.keys[:, : self.dim]
+            memory._become([*self.classes], memory.owners >= 0, keys, self.owners)
+        return memory
+
+    def options(self) -> dict[str, Any]:
+        """What it was made with, besides its size."""
+        return {
+            "code": self.code,
+            "sharpening": self.sharpening,
+            "stiffness": self.stiffness,
+            "read_out": self.read_out,
+            "prototypes": self.prototypes,
+            "dtype": self.keys.dtype,
+        }
 
     def extra_repr(self) -> str:
         """What it was made with, and what it holds."""

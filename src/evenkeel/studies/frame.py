@@ -276,7 +276,7 @@ def load_data(name: str, root: Path | None) -> Data:
     """A data set, read once in each process."""
     if name == "digits":
         return datasets.digits()
-    return datasets.SETS[name].read(datasets.folder_of(name, root))
+    return datasets.read_set(name, root)
 
 
 @functools.lru_cache(maxsize=2)
@@ -286,7 +286,7 @@ def load_training_data(name: str, root: Path | None) -> tuple[torch.Tensor, torc
         samples = datasets.digits().train
         assert samples is not None
         return samples
-    return datasets.SETS[name].read_train(datasets.folder_of(name, root))
+    return datasets.read_training_set(name, root)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

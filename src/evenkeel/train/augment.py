@@ -1,5 +1,7 @@
 """Random crops and mirror images, for a whole batch at once."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,3 +23,23 @@ def crop_and_flip(x: Tensor) -> Tensor:
     samples = torch.arange(n).view(n, 1, 1)
     # Advanced indices put the channels last; they go back to their place.
     return padded[samples, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+
+
+DEGREES, STRETCH, SHEAR, SHIFT = 15.0, 0.15, 0.15, 0.06
+
+
+def drawn_anew(x: Tensor) -> Tensor:
+    """Drawings (N, C, H, W) as another hand may draw them: each turned, stretched, slanted, moved.
+
+    By up to 15 degrees, 15 %, 15 % and 6 % of the size; zeros move in, so ink must be above paper.
+    Draws from torch's global generator, as dropout does.
+    """
+    turn, slant, *stretch_and_shift = (2 * torch.rand(6, len(x)) - 1).unbind()
+    angle = turn * math.radians(DEGREES)
+    cos, sin = angle.cos(), angle.sin()
+    wide, high = (1 + STRETCH * v for v in stretch_and_shift[:2])
+    # An image's coordinates run from -1 to 1, so a share of the size is twice as much.
+    right, down = (2 * SHIFT * v for v in stretch_and_shift[2:])
+    rows = [cos * wide, -sin + SHEAR * slant, right, sin, cos * high, down]
+    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)

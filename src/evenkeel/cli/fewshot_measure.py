@@ -1,0 +1,272 @@
+"""``evenkeel fewshot test``."""
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+
+from evenkeel.analog import Device, Spread
+from evenkeel.analog.device import as_device
+from evenkeel.audit.names import resolve
+from evenkeel.audit.plan import age_label, parse_age
+from evenkeel.audit.run import local_processes, num_workers
+from evenkeel.cli.labelled import labelled_from
+from evenkeel.cli.progress import progress_bar
+from evenkeel.data import LabelledImages
+from evenkeel.data.dataset import fingerprint
+from evenkeel.errors import ConfigError, nearest
+from evenkeel.files import require_writable_folder, write_atomically
+from evenkeel.provenance import environment
+from evenkeel.saving import describe, load, read
+from evenkeel.studies.frame import svg
+
+if TYPE_CHECKING:
+    from evenkeel.memory.evaluation import Question
+
+Facts = dict[str, Any]
+SPREADS = (0.2, 0.4, 0.6, 0.8, 1.0)
+DEVICES = (*(f"spread:{level}" for level in SPREADS), "pcm")
+CODE_ORDER = ("real", "bipolar", "complement", "binary")
+TASKS = ("5x1", "20x5", "100x5")
+Several = Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")]
+
+
+def measure(
+    controller: Path,
+    /,
+    *,
+    out: Path,
+    data: str = "omniglot",
+    data_root: Path | None = None,
+    split: Literal["official", "vinyals"] = "official",
+    task: Several = None,
+    code: Several = None,
+    device: Several = None,
+    age: Several = None,
+    prototypes: Path | None = None,
+    episodes: int = 1000,
+    seed: int = 0,
+    workers: int | None = None,
+    json_file: Annotated[Path | None, Parameter(name="--json")] = None,
+) -> None:
+    """Accuracy of a memory on classes that its controller has not seen: tasks, codes, devices.
+
+    Each episode is written to a crossbar of its own. Above age 0, fading that is common to a column
+    is compensated.
+
+    Parameters
+    ----------
+    controller
+        Safetensors file that ``evenkeel fewshot train`` or ``ek.save`` wrote.
+    out
+        Folder for pictures, figures and the images' vectors, which are computed once.
+    data
+        omniglot, or a folder with test/, of images in one folder for each class.
+    data_root
+        Where published sets lie; default $EVENKEEL_DATA.
+    split
+        Of Omniglot: official (background and evaluation) or vinyals.
+    task
+        Ways x shots; default 5x1 20x5 100x5.
+    code
+        real, bipolar, binary or complement; default all.
+    device
+        As of ``evenkeel audit``; default conductance spreads of 20 to 100 %, and pcm.
+    age
+        Since programming, for devices that age; default 0 1h 1d.
+    prototypes
+        A controller trained with --objective prototypes, as a column to compare with.
+    episodes
+        Of each task.
+    seed
+        Of episodes and crossbars.
+    workers
+        Processes; default one for each core.
+    json_file
+        Write all figures, with the environment.
+    """
+    from evenkeel.memory.evaluation import answers
+
+    questions = _questions(task or TASKS, code, device or DEVICES, age or ("0", "1h", "1d"))
+    require_writable_folder(out)
+    console = Console()
+    with progress_bar(console) as bar:
+        images = labelled_from(data, "test", root=data_root, split=split, bar=bar)
+        vectors = embedded(controller, images, out, bar)
+        job = bar.add_task("episodes", total=None)
+
+        def ask(file: Path, asked: Sequence["Question"]) -> list[Facts]:
+            return answers(
+                file,
+                asked,
+                episodes=episodes,
+                seed=seed,
+                pool=local_processes(num_workers(workers), "fewshot"),
+                progress=lambda done, total: bar.update(job, completed=done, total=total),
+            )
+
+        rows = ask(vectors, questions)
+        if prototypes is not None:
+            baseline = [q for q in questions if q.device is None]
+            plain = {(q.ways, q.shots): q for q in baseline}.values()
+            rows += ask(
+                embedded(prototypes, images, out, bar),
+                [type(q)(q.ways, q.shots, "prototypes") for q in plain],
+            )
+    facts = {
+        "command": shlex.join(["evenkeel", *sys.argv[1:]]),
+        "environment": environment(),
+        "controller": describe(controller).get("about", {}),
+        "classes": len(images.classes),
+        "rows": rows,
+    }
+    for name in dict.fromkeys(row["task"] for row in rows):
+        console.print(_table(name, [row for row in rows if row["task"] == name]))
+    console.print(f"Percent, mean of {episodes} episodes and its 95 % interval.", highlight=False)
+    for picture in _pictures(rows, questions, vectors, images, out, seed):
+        console.print(str(picture), highlight=False)
+    if json_file is not None:
+        write_atomically(json_file, (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def _questions(
+    tasks: Sequence[str], codes: Sequence[str] | None, devices: Sequence[str], ages: Sequence[str]
+) -> list["Question"]:
+    from evenkeel.memory import CODES
+    from evenkeel.memory.evaluation import Question
+
+    for name in codes or ():
+        if name not in CODES:
+            raise ConfigError(f"Unknown code {name!r}. {nearest(name, CODES)}")
+    seconds = tuple(sorted({parse_age(text) for text in ages}))
+    chosen: list[Device | None] = [None, *(as_device(resolve("devices", d)) for d in devices)]
+    return [
+        Question(*task_from(text), code, device, seconds if device and device.ages else (0.0,))
+        for text in tasks
+        for device in chosen
+        for code in codes or CODES
+    ]
+
+
+def task_from(text: str) -> tuple[int, int]:
+    """Ways and shots of a text such as 20x5."""
+    ways, _, shots = text.partition("x")
+    if not (ways.isdigit() and shots.isdigit()):
+        raise ConfigError(f"A task is ways x shots, such as 20x5; got {text!r}.")
+    return int(ways), int(shots)
+
+
+def embedded(controller: Path, images: LabelledImages, out: Path, bar: Progress) -> Path:
+    """The file of vectors of all images by a controller; computed where it is not there."""
+    from evenkeel.memory.recall import embed
+
+    key = fingerprint([read(controller)[0], images.images, images.labels])
+    path = out / f"vectors-{key[:16]}.safetensors"
+    if not path.exists():
+        job = bar.add_task("embedding")
+
+        def show(done: int, total: int) -> None:
+            bar.update(job, completed=done, total=total, visible=done < total)
+
+        vectors = embed(load(controller), images.images, progress=show)
+        write_atomically(path, to_bytes({"vectors": vectors, "labels": images.labels}))
+    return path
+
+
+def _table(task: str, rows: Sequence[Facts]) -> Table:
+    codes = list(dict.fromkeys(row["code"] for row in rows))
+    found = {(_condition(row), row["code"]): row for row in rows}
+    table = Table(title=task, title_justify="left", box=None)
+    for title in ("", *codes):
+        table.add_column(title, justify="right" if title else "left")
+    for condition in dict.fromkeys(name for name, _ in found):
+        cells = [found.get((condition, code)) for code in codes]
+        table.add_row(
+            condition,
+            *(f"{row['accuracy']:.2f} ± {row['half_width']:.2f}" if row else "" for row in cells),
+        )
+    return table
+
+
+def _condition(row: Facts) -> str:
+    if row["device"] is None:
+        return "software"
+    return f"{row['device']}, {age_label(row['age_s'])}" if row["age_s"] else str(row["device"])
+
+
+def _pictures(
+    rows: Sequence[Facts],
+    questions: Sequence["Question"],
+    vectors: Path,
+    images: LabelledImages,
+    out: Path,
+    seed: int,
+) -> list[Path]:
+    """Accuracy against the spread, where several were asked; an episode with its attention."""
+    from evenkeel.memory import EpisodeSampler
+    from evenkeel.memory.pictures import episode_picture
+
+    files = []
+    spreads = {
+        q.device.name: q.device.level for q in questions if q.device and _is_spread(q.device)
+    }
+    if len(spreads) > 1:
+        files.append(out / "spread.svg")
+        write_atomically(files[-1], spread_chart(rows, spreads).encode())
+    small = min(questions, key=lambda q: q.ways * q.shots)
+    question = [q for q in questions if (q.ways, q.shots) == (small.ways, small.shots)][-1]
+    episode = EpisodeSampler(images.labels, question.ways, question.shots, 1, seed=seed)[0]
+    x = load_file(vectors)["vectors"]
+    memory = question.memory(x.shape[1], seed)
+    memory.write(x[episode.support], episode.support_labels)
+    drawn = episode_picture(
+        images.images[episode.support],
+        episode.support_labels,
+        images.images[episode.queries],
+        episode.query_labels,
+        memory.read(x[episode.queries]),
+    )
+    files.append(out / "episode.svg")
+    write_atomically(files[-1], drawn.encode())
+    return files
+
+
+def _is_spread(device: Device) -> bool:
+    return len(device.models) == 1 and isinstance(device.models[0], Spread)
+
+
+def spread_chart(rows: Sequence[Facts], spreads: Mapping[str, float | None]) -> str:
+    """SVG: accuracy of each code against the conductance spread, task by task."""
+    import altair as alt
+
+    points = [
+        {
+            "task": row["task"],
+            "code": row["code"],
+            "spread": 100 * (spreads[row["device"]] or 0 if row["device"] else 0),
+            "accuracy": row["accuracy"],
+            "low": row["accuracy"] - row["half_width"],
+            "high": row["accuracy"] + row["half_width"],
+        }
+        for row in rows
+        if (row["device"] is None or row["device"] in spreads) and row["code"] != "prototypes"
+    ]
+    base = alt.Chart(alt.Data(values=points)).encode(
+        x=alt.X("spread:Q", title="conductance spread, % of target"),
+        color=alt.Color("code:N", sort=list(CODE_ORDER), title="code"),
+    )
+    y = alt.Y("accuracy:Q", title="accuracy, %", scale=alt.Scale(zero=False))
+    lines = base.mark_line(point=True).encode(y=y)
+    bars = base.mark_rule().encode(y=alt.Y("low:Q", title="accuracy, %"), y2="high:Q")
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    chart = (lines + bars).properties(width=220, height=220)
+    return svg(chart.facet(column=alt.Column("task:N", sort=tasks, title=None)))

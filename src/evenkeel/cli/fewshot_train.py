@@ -1,0 +1,171 @@
+"""``evenkeel fewshot train``."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from evenkeel.cli.labelled import labelled_from
+from evenkeel.cli.progress import progress_bar
+from evenkeel.errors import ConfigError, nearest
+from evenkeel.files import require_writable_folder, write_atomically
+from evenkeel.models import build
+from evenkeel.provenance import environment
+from evenkeel.saving import save
+
+VALIDATION_EPISODES = 250
+VALIDATION_SEED = 1
+"""Another than the training's, so that no episode is the same."""
+
+
+def train(
+    *,
+    out: Path,
+    data: str = "omniglot",
+    data_root: Path | None = None,
+    split: Literal["official", "vinyals"] = "official",
+    objective: str = "softabs",
+    ways: int = 20,
+    shots: int = 5,
+    queries: int = 2,
+    episodes: int = 10_000,
+    learning_rate: float = 1e-3,
+    support_gradients: bool = False,
+    turned: bool = True,
+    every: int = 500,
+    channels: int = 128,
+    dim: int = 512,
+    seed: int = 0,
+    precision: str = "32-true",
+) -> None:
+    """Train a controller by episodes; killed, the same command goes on after the last validation.
+
+    What is kept is the network of the best validation, on classes that training does not see; the
+    test classes are not looked at.
+
+    Parameters
+    ----------
+    out
+        Safetensors file for the controller, in half precision; its log is written beside it, as
+        .json.
+    data
+        omniglot, or a folder with train/ and validation/, of images in one folder for each class.
+    data_root
+        Where published sets lie; default $EVENKEEL_DATA.
+    split
+        Of Omniglot: official (background and evaluation) or vinyals.
+    objective
+        softabs: the memory's attention, as published. softmax: the control. prototypes: those of
+        Snell et al.
+    ways
+        Classes of an episode.
+    shots
+        Written examples of each.
+    queries
+        Further examples of each, which are asked about.
+    episodes
+        One step each.
+    learning_rate
+        Peak of Adam's one cycle.
+    support_gradients
+        Let gradients flow through the supports as well.
+    turned
+        Take each class turned by 90, 180 and 270 degrees for three further classes.
+    every
+        Episodes from one validation to the next.
+    channels
+        Of the controller's convolutions.
+    dim
+        Of the vectors.
+    seed
+        Of initialisation, episodes and augmentation.
+    precision
+        As lightning-fabric names it: 32-true, or bf16-mixed where the machine has instructions.
+    """
+    settings = {k: v for k, v in locals().items() if k not in ("out", "data_root")}
+    from evenkeel.memory import OBJECTIVES, EpisodeSampler
+    from evenkeel.train import drawn_anew, fit_episodes, launched
+
+    if objective not in OBJECTIVES:
+        raise ConfigError(f"Unknown objective {objective!r}. {nearest(objective, OBJECTIVES)}")
+    require_writable_folder(out.parent)
+    console = Console()
+    log_path, checkpoint = out.with_suffix(".json"), out.with_suffix(".checkpoint")
+    log: list[dict[str, Any]] = []
+    facts: dict[str, Any] = {
+        "command": shlex.join(["evenkeel", *sys.argv[1:]]),
+        "settings": settings,
+        "environment": environment(),
+        "validations": log,
+    }
+    with progress_bar(console) as bar:
+        samples, held_out = (
+            labelled_from(data, part, root=data_root, split=split, bar=bar)
+            for part in ("train", "validation")
+        )
+        samples = samples.turned() if turned else samples
+        task = (ways, shots, queries)
+        sampler = EpisodeSampler(samples.labels, *task, episodes=episodes, seed=seed)
+        asked = EpisodeSampler(
+            held_out.labels, *task, episodes=VALIDATION_EPISODES, seed=VALIDATION_SEED
+        )
+        fabric = launched(precision, who="evenkeel fewshot train", devices=1)
+        job = bar.add_task("episodes", total=episodes)
+
+        def note(validation: dict[str, Any]) -> None:
+            log.append(validation)
+            write_atomically(log_path, json.dumps(facts, indent=1).encode())
+            bar.console.print(
+                f"episode {validation['episode']:,}: loss {validation['loss']:.4f}, validation "
+                f"{validation['validation']:.2f} %, {validation['seconds']:.0f} s",
+                highlight=False,
+            )
+
+        def validate(encoder: nn.Module) -> float:
+            from evenkeel.memory.recall import accuracies, embed, recall_by
+
+            with fabric.autocast():
+                vectors = embed(encoder, held_out.images).float()
+            return 100 * float(accuracies(vectors, asked, recall_by(objective)).mean())
+
+        encoder = fit_episodes(
+            lambda: _laid_out(
+                build("hd_controller", dim=dim, channels=channels, in_channels=samples.channels),
+                torch.channels_last,
+            ),
+            samples.images,
+            sampler,
+            OBJECTIVES[objective],
+            learning_rate=learning_rate,
+            augment=drawn_anew,
+            support_gradients=support_gradients,
+            seed=seed,
+            validate=validate,
+            every=every,
+            fabric=fabric,
+            checkpoint=checkpoint,
+            identity=settings,
+            on_step=lambda done, total: bar.update(job, completed=done, total=total),
+            on_validation=note,
+        )
+    best = max(row["validation"] for row in log)
+    halved = _laid_out(encoder.cpu(), torch.contiguous_format).half()
+    save(halved, out, objective=objective, validation=best, data=data, split=split)
+    facts["parameters"] = sum(p.numel() for p in encoder.parameters())
+    write_atomically(log_path, json.dumps(facts, indent=1).encode())
+    checkpoint.unlink(missing_ok=True)
+    console.print(
+        f"{out}: {facts['parameters']:,} parameters in half precision; {ways}-way {shots}-shot on "
+        f"{len(held_out.classes)} classes held out: {best:.2f} %.",
+        highlight=False,
+    )
+
+
+def _laid_out(network: nn.Module, memory_format: torch.memory_format) -> nn.Module:
+    """Channels last is the faster to train."""
+    return network.to(memory_format=memory_format)  # type: ignore[call-overload,no-any-return]

@@ -1,0 +1,196 @@
+"""Columns of devices that are written one after the other, and read by driving all rows."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evenkeel.analog.device import Device, State
+from evenkeel.analog.reads import read_moments
+from evenkeel.draws import Draws, keyed_normal, read_key
+from evenkeel.errors import ConfigError
+from evenkeel.layers import restore_precision
+
+NAME = "memory"
+
+
+class Columns(nn.Module):
+    """An array that grows by columns, each with an age of its own.
+
+    Args:
+        device: what happens to the conductances.
+        rows: devices of a column, of a pair of columns twice as many.
+        pairs: whether a column is a pair whose currents are subtracted.
+        seed: with the number of the write or access it decides every draw.
+    """
+
+    programmed: Tensor
+    unit: Tensor
+    compensation: Tensor
+    written_at: Tensor
+    clock: Tensor
+    writes: Tensor
+    accesses: Tensor
+    read_key: Tensor
+    _mean: Tensor
+    _variance: Tensor | None
+
+    def __init__(self, device: Device, rows: int, *, pairs: bool, seed: int) -> None:
+        super().__init__()
+        self.device = device
+        self.seed = seed
+        self.register_buffer("programmed", torch.zeros(1 + pairs, 0, rows))
+        self.register_buffer("unit", torch.zeros(0))
+        self.register_buffer("compensation", torch.zeros(0))
+        self.register_buffer("written_at", torch.zeros(0, dtype=torch.float64))
+        self.register_buffer("clock", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("writes", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("accesses", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("read_key", read_key(seed, NAME, "read"))
+        # Derived, so not saved: what a read gives of each device.
+        self.register_buffer("_mean", None, persistent=False)
+        self.register_buffer("_variance", None, persistent=False)
+        # A column that is thrown away tells what the device's effects keep.
+        _, states = device.write(torch.zeros(1 + pairs, 1, rows), Draws(seed, NAME))
+        self._state_names = [sorted(state) for state in states]
+        for name, value in self._flat(states).items():
+            if value.shape != (1 + pairs, 1, rows):
+                raise ConfigError(
+                    f"A memory grows column by column, so {device.name} must keep its state in "
+                    f"tensors of the conductances' shape, {(1 + pairs, 1, rows)}; "
+                    f"'{name}' has {tuple(value.shape)}."
+                )
+            self.register_buffer(name, value[:, :0])
+        self._derive()
+
+    def __len__(self) -> int:
+        """Number of columns."""
+        return len(self.written_at)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def write_(self, target: Tensor, unit: Tensor) -> None:
+        """Program further columns.
+
+        Args:
+            target: conductances in µS, (1 or 2, new, rows).
+            unit: what a product is multiplied by for each µS, (new,).
+        """
+        draws = Draws(self.seed, f"{NAME} write {int(self.writes)}")
+        programmed, states = self.device.write(target, draws)
+        new = {
+            "programmed": programmed,
+            "unit": unit,
+            "compensation": torch.ones_like(unit),
+            "written_at": self.clock.expand(len(unit)),
+            **self._flat(states),
+        }
+        for name, value in new.items():
+            old = getattr(self, name)
+            setattr(self, name, torch.cat([old, value.to(old)], _axis(value)))
+        self.writes += 1
+        self._derive()
+
+    def keep_(self, order: Tensor) -> None:
+        """Keep these columns, in this order, and no others."""
+        for name, value in self._buffers.items():
+            if value is not None and value.dim() and name != "read_key":
+                setattr(self, name, value.index_select(_axis(value), order))
+
+    def age_(self, seconds: float) -> None:
+        """Set the clock."""
+        last = float(self.written_at.max()) if len(self) else 0.0
+        if not last <= seconds < math.inf:
+            raise ConfigError(
+                f"A memory's age must be finite and not before its last write, at {last:g} s; got "
+                f"{seconds!r}."
+            )
+        self.clock.fill_(seconds)
+        self._derive()
+
+    @torch.no_grad()
+    def compensate_(self) -> None:
+        """Scale each column by how much all its devices have faded together, as read."""
+        fresh, now = (self._strength(*self._moments(fresh=fresh)) for fresh in (True, False))
+        self.compensation.copy_(torch.where(now > 0, fresh / now, 1.0))
+
+    def currents(self, x: Tensor) -> Tensor:
+        """Current of each column, (..., columns), where x (..., rows) drives the rows; in µS."""
+        current = x @ (self._mean[0] if len(self._mean) == 1 else self._mean[0] - self._mean[1]).T
+        if self._variance is None:
+            return current
+        std = (x.square() @ self._variance.sum(0).T).sqrt()
+        return current + std * self._noise(current)
+
+    def _noise(self, like: Tensor) -> Tensor:
+        noise: Tensor = keyed_normal(like, self.read_key, self.accesses)
+        self.accesses += 1
+        return noise
+
+    def _strength(self, mean: Tensor, variance: Tensor | None) -> Tensor:
+        total = mean.sum((0, 2))
+        if variance is None:
+            return total
+        return total + variance.sum((0, 2)).sqrt() * self._noise(total)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _derive(self) -> None:
+        self._mean, self._variance = self._moments()
+
+    def _moments(self, *, fresh: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Mean of a read of every device, and its variance; None where reads are exact."""
+        mean = torch.empty_like(self.programmed)
+        variance: Tensor | None = None
+        for written_at in self.written_at.unique().tolist():
+            age_s = 0.0 if fresh else float(self.clock) - written_at
+            rows = (self.written_at == written_at).nonzero().flatten()
+            programmed = self.programmed[:, rows]
+            states = [
+                {name: getattr(self, f"state_{i}_{name}")[:, rows] for name in names}
+                for i, names in enumerate(self._state_names)
+            ]
+            conductance = self.device.drift(programmed, states, age_s)
+            std = self.device.read_std(conductance, programmed, states, age_s)
+            if std is None:
+                mean[:, rows] = conductance
+                continue
+            variance = torch.zeros_like(mean) if variance is None else variance
+            mean[:, rows], variance[:, rows] = read_moments(conductance, std)
+        return mean, variance
+
+    @staticmethod
+    def _flat(states: list[State]) -> State:
+        return {
+            f"state_{i}_{name}": value
+            for i, state in enumerate(states)
+            for name, value in state.items()
+        }
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Columns":
+        # Moved to half precision it keeps its physics in float32: only the device may change.
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        restore_precision(self, before, before)
+        return self
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        # It takes the size of what was kept.
+        for name, own in self._buffers.items():
+            given = state.get(prefix + name)
+            if own is not None and given is not None and given.shape != own.shape:
+                setattr(self, name, own.new_empty(given.shape))
+        super()._load_from_state_dict(state, prefix, *args)
+        self._derive()
+
+    def extra_repr(self) -> str:
+        """Columns, rows, device and age."""
+        halves, columns, rows = self.programmed.shape
+        pairs = " pairs" if halves == 2 else ""
+        return f"{columns} x {rows}{pairs}, {self.device.name}, age={float(self.clock):g} s"
+
+
+def _axis(of_columns: Tensor) -> int:
+    return max(0, of_columns.dim() - 2)

@@ -1,0 +1,157 @@
+"""Tasks by codes by devices: the accuracy of a memory over many episodes, on several processes."""
+
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from evenkeel.analog import Converter, Device
+from evenkeel.memory.crossbar import CrossbarMemory
+from evenkeel.memory.episodes import Episode, EpisodeSampler
+from evenkeel.memory.key_value import KeyValueMemory
+from evenkeel.memory.recall import Accuracy, by_prototypes
+
+ASKED, MOST = 100, 15
+"""Queries of an episode; and at most of each class."""
+CHUNK = 125
+"""Episodes that a process takes at once."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A task, and the memory that it is put to.
+
+    Attributes:
+        ways: classes of an episode, m.
+        shots: supports of each, n.
+        code: one of :data:`evenkeel.memory.CODES`; or "prototypes", the nearest mean of a class.
+        device: of the crossbar; None for software. Each episode has a crossbar of its own.
+        ages: in seconds, ascending. Above 0, fading that is common to a column is compensated.
+        converter: of the crossbar.
+        options: further ones of :class:`KeyValueMemory`.
+    """
+
+    ways: int
+    shots: int
+    code: str
+    device: Device | None = None
+    ages: tuple[float, ...] = (0.0,)
+    converter: Converter | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def queries(self, samples: int) -> int:
+        """Of each class, which has so many samples."""
+        return max(1, min(MOST, ASKED // self.ways, samples - self.shots))
+
+    @property
+    def task(self) -> str:
+        """As it is called."""
+        return f"{self.ways}-way {self.shots}-shot"
+
+    def memory(self, dim: int, seed: int) -> KeyValueMemory:
+        """An empty one."""
+        options = {"code": self.code, **dict(self.options)}
+        if self.device is None:
+            return KeyValueMemory(dim, **options)
+        return CrossbarMemory(dim, self.device, seed=seed, converter=self.converter, **options)
+
+
+def answers(
+    vectors: Path,
+    questions: Sequence[Question],
+    *,
+    episodes: int,
+    seed: int,
+    pool: Executor,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Accuracy of each question at each of its ages, in percent, with its 95 % interval.
+
+    Args:
+        vectors: a safetensors file of "vectors" (N, d) and "labels" (N,).
+        questions: what to measure.
+        episodes: of each; of one task they are the same for all codes and devices.
+        seed: of episodes and crossbars.
+        pool: that has the file at hand.
+        progress: called with chunks of episodes done, and chunks in all.
+    """
+    starts = range(0, episodes, CHUNK)
+    futures = {
+        pool.submit(
+            _shares, str(vectors), question, range(start, min(start + CHUNK, episodes)), seed
+        ): (number, start)
+        for number, question in enumerate(questions)
+        for start in starts
+    }
+    shares: dict[tuple[int, int], Tensor] = {}
+    try:
+        for future in as_completed(futures):
+            shares[futures[future]] = torch.tensor(future.result(), dtype=torch.float64)
+            progress(len(shares), len(futures))
+    finally:
+        for future in futures:
+            future.cancel()
+    rows = []
+    for number, question in enumerate(questions):
+        found = torch.cat([shares[number, start] for start in starts], 1)
+        for age_s, of_episodes in zip(question.ages, found, strict=True):
+            accuracy = Accuracy.of(of_episodes)
+            rows.append(
+                {
+                    "task": question.task,
+                    "code": question.code,
+                    "device": None if question.device is None else question.device.name,
+                    "age_s": age_s,
+                    "accuracy": accuracy.mean,
+                    "half_width": accuracy.half_width,
+                    "episodes": episodes,
+                }
+            )
+    return rows
+
+
+@torch.no_grad()
+def _shares(vectors: str, question: Question, numbers: range, seed: int) -> list[list[float]]:
+    """Share of right answers, by age and episode."""
+    x, labels = _read(vectors)
+    samples = int(torch.bincount(labels).min())
+    sampler = EpisodeSampler(
+        labels,
+        question.ways,
+        question.shots,
+        question.queries(samples),
+        episodes=numbers.stop,
+        seed=seed,
+    )
+    found = [_answered(x, question, sampler[k], seed=seed + k) for k in numbers]
+    return [list(of_age) for of_age in zip(*found, strict=True)]
+
+
+def _answered(x: Tensor, question: Question, episode: Episode, seed: int) -> list[float]:
+    keys, queries = x[episode.support], x[episode.queries]
+    if question.code == "prototypes":
+        return [_right(by_prototypes(0, keys, episode.support_labels, queries), episode)]
+    memory = question.memory(x.shape[1], seed)
+    memory.write(keys, episode.support_labels)
+    shares = []
+    for age_s in question.ages:
+        if age_s > 0 and isinstance(memory, CrossbarMemory):
+            memory.age_(age_s).compensate_()
+        shares.append(_right(memory.read(queries).best, episode))
+    return shares
+
+
+def _right(found: Tensor, episode: Episode) -> float:
+    return float((found == episode.query_labels).double().mean())
+
+
+@functools.lru_cache(maxsize=2)
+def _read(vectors: str) -> tuple[Tensor, Tensor]:
+    tensors = load_file(vectors)
+    return tensors["vectors"].float(), tensors["labels"]

@@ -1,0 +1,89 @@
+"""How well episodes are recalled: vectors once, then any number of episodes on them."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from evenkeel.memory.episodes import Episode
+from evenkeel.memory.key_value import KeyValueMemory
+from evenkeel.memory.objectives import to_prototypes
+
+Recall = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""From an episode's number, keys (n, d), their classes from 0 on, and queries (q, d) to the
+recalled class of each, (q,)."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Mean over episodes, in percent.
+
+    Attributes:
+        mean: the accuracy.
+        half_width: of the 95 % interval of the mean, by the normal law over episodes.
+        episodes: how many.
+    """
+
+    mean: float
+    half_width: float
+    episodes: int
+
+    @classmethod
+    def of(cls, shares: Tensor) -> "Accuracy":
+        """From the share of right answers of each episode."""
+        percent = 100 * shares.double()
+        spread = float(percent.std()) if len(percent) > 1 else math.nan
+        return cls(float(percent.mean()), 1.96 * spread / math.sqrt(len(percent)), len(percent))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} ± {self.half_width:.2f}"
+
+
+@torch.no_grad()
+def embed(
+    encoder: nn.Module,
+    images: Tensor,
+    *,
+    batch: int = 200,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tensor:
+    """Vectors (N, d) of images, on the CPU; each image is embedded once for all episodes."""
+    device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
+    encoder.eval()
+    vectors, done = [], 0
+    for part in images.split(batch):
+        vectors.append(encoder(part.to(device)).cpu())
+        done += len(part)
+        progress(done, len(images))
+    return torch.cat(vectors)
+
+
+@torch.no_grad()
+def accuracies(vectors: Tensor, episodes: Iterable[Episode], recall: Recall) -> Tensor:
+    """Share of right answers of each episode, (episodes,)."""
+    shares = []
+    for number, episode in enumerate(episodes):
+        keys, queries = vectors[episode.support], vectors[episode.queries]
+        found = recall(number, keys, episode.support_labels, queries)
+        shares.append((found == episode.query_labels).double().mean())
+    return torch.stack(shares)
+
+
+def by_prototypes(number: int, keys: Tensor, owners: Tensor, queries: Tensor) -> Tensor:
+    """Recall by the nearest mean of a class, as prototypical networks do."""
+    return to_prototypes(keys, owners, queries).argmin(1)
+
+
+def recall_by(objective: str) -> Recall:
+    """What a controller of that objective was trained for."""
+    if objective == "prototypes":
+        return by_prototypes
+
+    def recall(number: int, keys: Tensor, owners: Tensor, queries: Tensor) -> Tensor:
+        memory = KeyValueMemory(keys.shape[1], sharpening=objective)
+        memory.write(keys, owners)
+        return memory.read(queries).best
+
+    return recall
