@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from evenkeel import analog, models, norm
-from evenkeel.analog.device import Device, DeviceModel
+from evenkeel.analog.described import device_from
+from evenkeel.analog.device import Device
 from evenkeel.balance.rescaled import put_around_empty, rescaled_paths
 from evenkeel.calibrate import Calibration
 from evenkeel.calibrate.match import matched_paths, put_behind_empty
@@ -23,18 +25,15 @@ from evenkeel.layers import unwrapped, weight_layer
 
 FORMAT = 1
 _HEADER = "evenkeel"
-_DEVICE_MODELS: dict[str, type[DeviceModel]] = {
-    kind.__name__: kind
-    for kind in (analog.PCM, analog.Gaussian, analog.LogNormal, analog.Gain, analog.StuckAt)
-}
 
 
 def save(item: nn.Module | Calibration, path: str | Path, **about: Any) -> None:
-    """Write a network, a chip or a calibration as safetensors with a description in JSON.
+    """Write a network, a chip, a memory or a calibration as safetensors with a description in JSON.
 
     Args:
         item: a :class:`evenkeel.analog.Chip` (bit for bit: conductances, age, faults), a
-            calibration's statistics, or any network's tensors.
+            :class:`evenkeel.memory.KeyValueMemory`, on a crossbar too, a calibration's statistics,
+            or any network's tensors.
         path: written whole or not at all.
         about: facts to keep with it, ready for JSON; :func:`describe` reads them.
 
@@ -58,12 +57,24 @@ def save(item: nn.Module | Calibration, path: str | Path, **about: Any) -> None:
         }
     elif isinstance(item, Calibration):
         description |= {"type": "Calibration", "certificate": item.to_dict()}
+    elif _is_memory(item):
+        from evenkeel.memory.described import described
+
+        description |= {"type": "Memory", **described(item)}  # type: ignore[arg-type]
     else:
         description |= {"type": "Network", "model": models.config_of(item)}
     network = item.model if isinstance(item, analog.Chip) else item
     if isinstance(network, nn.Module):
         description |= {kind: found for kind, found in _additions(network).items() if found}
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in item.state_dict().items()}
+    state = dict(item.state_dict())
+    if _is_memory(item):
+        del state["_extra_state"]  # the classes, which are in the description
+    if other := [k for k, v in state.items() if not isinstance(v, Tensor)]:
+        raise ConfigError(
+            f"Only tensors can be saved; '{other[0]}' of {type(item).__name__} is none. A memory "
+            f"inside of a network is saved by itself."
+        )
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
     write_atomically(path, to_bytes(tensors, {_HEADER: json.dumps(description)}))
 
 
@@ -77,7 +88,7 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: Device | N
         device: the chip's device, if it is made of effects of the user's own.
 
     Returns:
-        The network, or the chip.
+        The network, the chip or the memory.
 
     Raises:
         ConfigError: the file is missing, damaged, a pickle (which is never opened), or does not
@@ -86,6 +97,12 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: Device | N
     tensors, description = read(path)
     kind = description.get("type", "Network")
     config = description.get("model")
+    if kind == "Memory":
+        from evenkeel.memory.described import built
+
+        memory = built(description, device, path)
+        memory.load_state_dict(tensors, strict=False)
+        return memory
     if model is not None:
         network = model
     elif config is not None:
@@ -99,13 +116,7 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: Device | N
         network = copy.deepcopy(network)
     undo = _add(network, description, path)
     if kind == "Chip":
-        if device is None:
-            device = _device_from(description["device"])
-        elif (device := analog.device.as_device(device)).to_dict() != description["device"]:
-            raise ConfigError(
-                f"{path} holds a chip of the device {description['device']}; the device given is "
-                f"{device.to_dict()}. Pass the same; or none, if its effects are evenkeel's own."
-            )
+        device = device_from(description["device"], device, path)
         network = analog.program(
             network, device, seed=description["seed"], layers=description["layers"]
         )
@@ -115,6 +126,11 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: Device | N
         undo()
         raise
     return network
+
+
+def _is_memory(item: object) -> bool:
+    room = sys.modules.get("evenkeel.memory")  # where it was not imported, there is none
+    return room is not None and isinstance(item, room.KeyValueMemory)
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -253,20 +269,3 @@ def _bare(path: str, modules: dict[str, nn.Module]) -> str:
     while path not in modules and path.endswith(".layer"):
         path = path.removesuffix(".layer")
     return path
-
-
-def _device_from(config: dict[str, Any]) -> Device:
-    effects = []
-    for fields in config["models"]:
-        kind = fields["type"]
-        if kind not in _DEVICE_MODELS:
-            raise ConfigError(
-                f"The chip's device has the effect {kind!r}, which is not evenkeel's own. Pass it: "
-                f"load(path, device=Device({kind.split(':')[-1]}(...)))."
-            )
-        effects.append(
-            _DEVICE_MODELS[kind](
-                **{k: v for k, v in fields.items() if k not in ("type", "version")}
-            )
-        )
-    return Device(*effects, scale_per=config["scale_per"], g_max=config["g_max"])

@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from cyclopts import Parameter
@@ -18,7 +18,7 @@ from evenkeel.provenance import environment
 
 
 def bench(
-    what: Literal["norm"],
+    what: Literal["norm", "memory"],
     /,
     *,
     device: str = "cpu",
@@ -33,8 +33,9 @@ def bench(
     ----------
     what
         norm: normalizers, forward and backward, against torch's batch norm; eager and compiled.
+        memory: search among binary vectors, against faiss, and torchhd where it is installed.
     device
-        cpu or cuda.
+        cpu or cuda; memory is timed on the CPU.
     compiled
         Whether to time compiled layers too.
     rounds
@@ -44,8 +45,6 @@ def bench(
     json_file
         Write all figures, with the environment.
     """
-    from evenkeel.bench.norm import bench as run
-
     if json_file is not None:
         require_writable_folder(json_file.parent)
     try:
@@ -59,12 +58,36 @@ def bench(
     console = Console()
     with progress_bar(console) as bar:
         job = bar.add_task(what)
-        rows = run(
-            device,
-            compiled=compiled,
-            rounds=rounds,
-            progress=lambda done, total: bar.update(job, completed=done, total=total),
-        )
+
+        def show(done: int, total: int) -> None:
+            bar.update(job, completed=done, total=total)
+
+        if what == "norm":
+            from evenkeel.bench import norm
+
+            rows = norm.bench(device, compiled=compiled, rounds=rounds, progress=show)
+        else:
+            from evenkeel.bench import memory
+
+            rows = memory.bench(rounds=rounds, progress=show)
+    console.print(_norm_table(rows) if what == "norm" else _memory_table(rows))
+    console.print(
+        "ratio: to batch norm in the same round; kept: activations kept for backward."
+        if what == "norm"
+        else "Top 5 of 100 queries, 512 bits a vector; ratio: to faiss in the same round.",
+        highlight=False,
+    )
+    if json_file is not None:
+        facts = {
+            "command": shlex.join(["evenkeel", *sys.argv[1:]]),
+            "environment": environment() | {"threads": torch.get_num_threads()},
+            "rounds": rounds,
+            "rows": rows,
+        }
+        write_atomically(json_file, (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def _norm_table(rows: list[dict[str, Any]]) -> Table:
     table = Table("shape", "layout", "way", "layer", "ms", "ratio", "kept", box=None)
     for row in rows:
         table.add_row(
@@ -76,16 +99,17 @@ def bench(
             f"{row['ratio']:.2f}",
             "" if row["activations_kept"] is None else str(row["activations_kept"]),
         )
-    console.print(table)
-    console.print(
-        "ratio: to batch norm in the same round; kept: activations kept for backward.",
-        highlight=False,
-    )
-    if json_file is not None:
-        facts = {
-            "command": shlex.join(["evenkeel", *sys.argv[1:]]),
-            "environment": environment() | {"threads": torch.get_num_threads()},
-            "rounds": rounds,
-            "rows": rows,
-        }
-        write_atomically(json_file, (json.dumps(facts, indent=1) + "\n").encode())
+    return table
+
+
+def _memory_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table("keys", "way", "ms", "ratio", "MB", box=None)
+    for row in rows:
+        table.add_row(
+            f"{row['keys']:,}",
+            row["way"],
+            f"{row['median_ms']:.2f}",
+            f"{row['ratio']:.2f}",
+            f"{row['bytes'] / 1e6:.2f}",
+        )
+    return table

@@ -23,7 +23,7 @@ from evenkeel.cli.labelled import labelled_from
 from evenkeel.cli.progress import progress_bar
 from evenkeel.data import LabelledImages
 from evenkeel.data.dataset import fingerprint
-from evenkeel.errors import ConfigError, nearest
+from evenkeel.errors import ConfigError
 from evenkeel.files import require_writable_folder, write_atomically
 from evenkeel.provenance import environment
 from evenkeel.saving import describe, load, read
@@ -142,11 +142,11 @@ def _questions(
     tasks: Sequence[str], codes: Sequence[str] | None, devices: Sequence[str], ages: Sequence[str]
 ) -> list["Question"]:
     from evenkeel.memory import CODES
+    from evenkeel.memory.codes import require_code
     from evenkeel.memory.evaluation import Question
 
     for name in codes or ():
-        if name not in CODES:
-            raise ConfigError(f"Unknown code {name!r}. {nearest(name, CODES)}")
+        require_code(name)
     seconds = tuple(sorted({parse_age(text) for text in ages}))
     chosen: list[Device | None] = [None, *(as_device(resolve("devices", d)) for d in devices)]
     return [

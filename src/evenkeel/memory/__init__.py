@@ -15,3 +15,4 @@ from evenkeel.memory.key_value import Reading as Reading
 from evenkeel.memory.objectives import OBJECTIVES as OBJECTIVES
 from evenkeel.memory.objectives import attention_loss as attention_loss
 from evenkeel.memory.objectives import prototypical_loss as prototypical_loss
+from evenkeel.memory.search import BitIndex as BitIndex

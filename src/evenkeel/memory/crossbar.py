@@ -115,6 +115,10 @@ class CrossbarMemory(KeyValueMemory):
             owners = torch.arange(len(self.classes), device=owners.device)
         return of_products(products, self.keys.shape[1], self.code), owners
 
+    def _bits(self) -> None:
+        """None: currents are no distances of bits."""
+        return
+
     def _become(self, classes: list[Hashable], kept: Tensor, keys: Tensor, owners: Tensor) -> None:
         before = self.classes, self.keys, self.owners
         rows = self.rows()[0] if self.prototypes else self.keys

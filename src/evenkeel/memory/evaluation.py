@@ -32,7 +32,8 @@ class Question:
         shots: supports of each, n.
         code: one of :data:`evenkeel.memory.CODES`; or "prototypes", the nearest mean of a class.
         device: of the crossbar; None for software. Each episode has a crossbar of its own.
-        ages: in seconds, ascending. Above 0, fading that is common to a column is compensated.
+        ages: in seconds, ascending.
+        compensate: at ages above 0, see :meth:`CrossbarMemory.compensate_`.
         converter: of the crossbar.
         options: further ones of :class:`KeyValueMemory`.
     """
@@ -42,6 +43,7 @@ class Question:
     code: str
     device: Device | None = None
     ages: tuple[float, ...] = (0.0,)
+    compensate: bool = True
     converter: Converter | None = None
     options: tuple[tuple[str, Any], ...] = ()
 
@@ -84,7 +86,7 @@ def answers(
     starts = range(0, episodes, CHUNK)
     futures = {
         pool.submit(
-            _shares, str(vectors), question, range(start, min(start + CHUNK, episodes)), seed
+            shares_of, str(vectors), question, range(start, min(start + CHUNK, episodes)), seed
         ): (number, start)
         for number, question in enumerate(questions)
         for start in starts
@@ -97,27 +99,34 @@ def answers(
     finally:
         for future in futures:
             future.cancel()
+    return [
+        row
+        for number, question in enumerate(questions)
+        for row in rows_of(question, torch.cat([shares[number, start] for start in starts], 1))
+    ]
+
+
+def rows_of(question: Question, shares: Tensor) -> list[dict[str, Any]]:
+    """Facts at each age, from shares of right answers (ages, episodes)."""
     rows = []
-    for number, question in enumerate(questions):
-        found = torch.cat([shares[number, start] for start in starts], 1)
-        for age_s, of_episodes in zip(question.ages, found, strict=True):
-            accuracy = Accuracy.of(of_episodes)
-            rows.append(
-                {
-                    "task": question.task,
-                    "code": question.code,
-                    "device": None if question.device is None else question.device.name,
-                    "age_s": age_s,
-                    "accuracy": accuracy.mean,
-                    "half_width": accuracy.half_width,
-                    "episodes": episodes,
-                }
-            )
+    for age_s, of_episodes in zip(question.ages, shares, strict=True):
+        accuracy = Accuracy.of(of_episodes)
+        rows.append(
+            {
+                "task": question.task,
+                "code": question.code,
+                "device": None if question.device is None else question.device.name,
+                "age_s": age_s,
+                "accuracy": accuracy.mean,
+                "half_width": accuracy.half_width,
+                "episodes": accuracy.episodes,
+            }
+        )
     return rows
 
 
 @torch.no_grad()
-def _shares(vectors: str, question: Question, numbers: range, seed: int) -> list[list[float]]:
+def shares_of(vectors: str, question: Question, numbers: range, seed: int) -> list[list[float]]:
     """Share of right answers, by age and episode."""
     x, labels = _read(vectors)
     samples = int(torch.bincount(labels).min())
@@ -142,7 +151,9 @@ def _answered(x: Tensor, question: Question, episode: Episode, seed: int) -> lis
     shares = []
     for age_s in question.ages:
         if age_s > 0 and isinstance(memory, CrossbarMemory):
-            memory.age_(age_s).compensate_()
+            memory.age_(age_s)
+            if question.compensate:
+                memory.compensate_()
         shares.append(_right(memory.read(queries).best, episode))
     return shares
 

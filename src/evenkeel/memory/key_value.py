@@ -15,10 +15,14 @@ from evenkeel.memory.codes import Code, encode, require_code, similarity
 if TYPE_CHECKING:
     from evenkeel.analog import Converter, Device, DeviceModel
     from evenkeel.memory.crossbar import CrossbarMemory
+    from evenkeel.memory.search import BitIndex
 
 ReadOut = Literal["sum", "nearest"]
 SHARPENING_OF = {"real": "softabs", "bipolar": "abs", "complement": "abs", "binary": "identity"}
 """What each code takes: the absolute value stands for softabs, and binary needs none."""
+
+PACKED_FROM = 4096
+"""Rows from which on a search by bits is the faster."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ class KeyValueMemory(nn.Module):
         self.read_out = read_out
         self.prototypes = prototypes
         self.classes: list[Hashable] = []
+        self._index: BitIndex | None = None
         width = 2 * dim if code == "complement" else dim
         attention(torch.zeros(1), self.sharpening, stiffness)  # refuses an unknown one here
         self.register_buffer("keys", torch.zeros(0, width, device=device, dtype=dtype))
@@ -158,12 +163,11 @@ class KeyValueMemory(nn.Module):
         self.keys = torch.cat([self.keys[kept], encode(keys, self.code).to(self.keys)])
         self.owners = torch.cat([moved[self.owners[kept]], owners.to(self.owners)])
         self.classes = classes
+        self._index = None
 
     def read(self, queries: Tensor) -> Reading:
         """What queries (..., d) recall."""
-        if not len(self):
-            raise ConfigError("The memory is empty: write some keys with labels before reading.")
-        self._require_vectors(queries, "queries")
+        self._require_readable(queries)
         alpha, owners = self.similarities(encode(queries.to(self.keys.dtype), self.code))
         weights = attention(alpha, self.sharpening, self.stiffness)
         out = summed if self.read_out == "sum" else nearest_support
@@ -183,6 +187,39 @@ class KeyValueMemory(nn.Module):
             middle = mean if self.code == "bipolar" else mean - 0.5
             mean = encode(middle[:, : self.dim], self.code)
         return mean, torch.arange(number, device=mean.device)
+
+    def nearest(self, queries: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+        """The k rows that queries (..., d) are most like: similarities and rows, (..., k).
+
+        A row is a support, or the prototype of a class; fewer than k, where there are no more. Many
+        rows of bipolar or complement code are searched as bits, see
+        :class:`evenkeel.memory.BitIndex`, without a gradient; they are packed once for all searches
+        until something is written.
+        """
+        self._require_readable(queries)
+        if k < 1:
+            raise ConfigError(f"k must be 1 or more; got {k!r}.")
+        index = self._bits()
+        if index is None:
+            alpha, _ = self.similarities(encode(queries.to(self.keys.dtype), self.code))
+            best = alpha.topk(min(k, alpha.shape[-1]))
+            return best.values, best.indices
+        distances, rows = index.search(queries.reshape(-1, self.dim), k)
+        alpha = (1 - 2 * distances.to(self.keys.dtype) / self.dim).to(queries.device)
+        shape = (*queries.shape[:-1], -1)
+        return alpha.view(shape), rows.to(queries.device).view(shape)
+
+    def _bits(self) -> "BitIndex | None":
+        """The rows as bits, where there are many whose similarity is one of bits."""
+        number = len(self.classes) if self.prototypes else len(self)
+        if self.code not in ("bipolar", "complement") or number < PACKED_FROM:
+            return None
+        if self._index is None:
+            from evenkeel.memory.search import BitIndex
+
+            self._index = BitIndex(self.dim)
+            self._index.add(self.rows()[0][:, : self.dim])
+        return self._index
 
     def similarities(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Similarities of encoded queries to each row, (..., rows), and the class of each row."""
@@ -241,6 +278,11 @@ class KeyValueMemory(nn.Module):
             if (given := state.get(prefix + name)) is not None:
                 setattr(self, name, getattr(self, name).new_empty(given.shape))
         super()._load_from_state_dict(state, prefix, *args)
+        self._index = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what can be derived."""
+        return {**self.__dict__, "_index": None}
 
     def _class_of(self, label: Hashable) -> int:
         if label not in self.classes:
@@ -260,6 +302,11 @@ class KeyValueMemory(nn.Module):
                 f"{tuple(keys.shape)} and {len(given)} labels."
             )
         return keys, given
+
+    def _require_readable(self, queries: Tensor) -> None:
+        if not len(self):
+            raise ConfigError("The memory is empty: write some keys with labels before reading.")
+        self._require_vectors(queries, "queries")
 
     def _require_vectors(self, x: Tensor, what: str) -> None:
         if not x.dim() or x.shape[-1] != self.dim:

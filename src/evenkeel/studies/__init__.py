@@ -11,5 +11,6 @@ STUDIES = {
     "batch_channel": "evenkeel.studies.batch_channel.study:STUDY",
     "equi_norm": "evenkeel.studies.equi_norm.study:STUDY",
     "kalman": "evenkeel.studies.kalman.study:STUDY",
+    "hd_memory": "evenkeel.studies.hd_memory.study:STUDY",
 }
 """By name, where each is; a study is imported when it is asked for."""

@@ -1,0 +1,1 @@
+"""The high-dimensional memory on a crossbar."""
