@@ -4,7 +4,7 @@ The paper's figure on CIFAR-10 (Stock et al., ICLR 2019, as reprinted in a repor
 reproducibility challenge) is put beside ours; its ImageNet table was not to be had.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from evenkeel.models import build
@@ -44,6 +44,12 @@ RESIDUAL = {
     "GN": Method("group", None, 0.02),
     "ENorm": Method("none", 1.1, 0.01),
 }
+RESIDUAL_TRAINING = {"batch_size": 8, "momentum": 0.9, "weight_decay": 5e-4}
+LOWER: dict[str, Method] = {
+    "ENorm, rate 0.003": Method("none", 1.1, 0.003),
+    "ENorm, rate 0.003, depth factor 1": Method("none", 1.0, 0.003),
+}
+"""At the rate of "no normalizer" the balanced residual network does not learn."""
 REMEDIES = (
     "none", "balance", "balance:p=8", "balance:arrays", "calibrate", "balance+calibrate",
     "balance:p=8+calibrate", "balance:arrays+calibrate", "balance+balance:arrays+calibrate",
@@ -98,6 +104,25 @@ def parts(scale: str) -> list[Part]:
             () if smoke else ("resnet14.safetensors",),
         ),
         *(
+            []
+            if smoke
+            else [
+                Part(
+                    "residual_rates",
+                    "The balanced residual network at a lower rate",
+                    _lower,
+                    {
+                        **training,
+                        **RESIDUAL_TRAINING,
+                        "seed": 0,
+                        "epochs": size["residual_epochs"],
+                        "architecture": "resnet14_cifar10",
+                        "methods": {name: asdict(method) for name, method in LOWER.items()},
+                    },
+                )
+            ]
+        ),
+        *(
             part
             for seed in range(size["seeds"])
             for part in (
@@ -126,9 +151,7 @@ def parts(scale: str) -> list[Part]:
                         "seed": seed,
                         "epochs": size["residual_epochs"],
                         "architecture": "resnet8_digits" if smoke else "resnet14_cifar10",
-                        "batch_size": 8,
-                        "momentum": 0.9,
-                        "weight_decay": 5e-4,
+                        **RESIDUAL_TRAINING,
                         "methods": list(RESIDUAL),
                     },
                 ),
@@ -194,16 +217,22 @@ def _dense(desk: Desk, settings: Facts) -> Facts:
 
 
 def _residual(desk: Desk, settings: Facts) -> Facts:
+    return _trained(desk, settings, {name: RESIDUAL[name] for name in settings["methods"]})
+
+
+def _lower(desk: Desk, settings: Facts) -> Facts:
+    return _trained(desk, settings, LOWER)
+
+
+def _trained(desk: Desk, settings: Facts, methods: dict[str, Method]) -> Facts:
     image = settings["architecture"] != "resnet8_digits"
-    items = [
-        _item(desk, settings, RESIDUAL[name], {"name": settings["architecture"]}, image)
-        for name in settings["methods"]
-    ]
+    network = {"name": settings["architecture"]}
+    items = [_item(desk, settings, method, network, image) for method in methods.values()]
     done = desk.each(trained, items, "training")
     return {
         "runs": [
             {"method": name, "seed": settings["seed"], "epochs": run["epochs"]}
-            for name, run in zip(settings["methods"], done, strict=True)
+            for name, run in zip(methods, done, strict=True)
         ]
     }
 
