@@ -389,3 +389,24 @@ def test_an_episode_through_controller_and_memory_trains_the_controller():
     truth = F.one_hot(episode.query_labels, 3).float()
     F.binary_cross_entropy(scores.clamp(1e-7, 1 - 1e-7), truth).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("code", "measure"), [("real", "dot"), ("binary", "cosine"), ("bipolar", "cosine")]
+)
+def test_another_measure_than_the_codes_own(code, measure):
+    memory = KeyValueMemory(D, code=code, measure=measure, dtype=DOUBLE)
+    keys, queries = vectors(6), vectors(3)
+    memory.write(keys, range(6))
+    a, b = encode(queries, code), encode(keys, code)
+    expected = {
+        "real": a @ b.T,
+        "binary": F.cosine_similarity(a[:, None], b, dim=-1),
+        "bipolar": F.cosine_similarity(a[:, None], b, dim=-1),
+    }
+    torch.testing.assert_close(memory.read(queries).similarity, expected[code])
+
+
+def test_an_unknown_measure_is_refused():
+    with pytest.raises(ConfigError, match="Unknown measure 'cosin'.*cosine"):
+        KeyValueMemory(D, measure="cosin")

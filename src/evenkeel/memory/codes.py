@@ -10,6 +10,7 @@ from evenkeel.errors import ConfigError, nearest
 
 Code = Literal["real", "bipolar", "binary", "complement"]
 CODES = get_args(Code)
+Measure = Literal["cosine", "dot"]
 
 
 def require_code(code: str) -> None:
@@ -40,7 +41,7 @@ def encode(x: Tensor, code: Code) -> Tensor:
     return binary if code == "binary" else torch.cat([binary, 1 - binary], -1)
 
 
-def similarity(queries: Tensor, keys: Tensor, code: Code) -> Tensor:
+def similarity(queries: Tensor, keys: Tensor, code: Code, measure: Measure | None = None) -> Tensor:
     r"""How alike encoded queries (..., d) and keys (n, d) are, (..., n).
 
     - real: the cosine, $\langle a, b\rangle / (\lVert a\rVert\,\lVert b\rVert)$;
@@ -48,20 +49,37 @@ def similarity(queries: Tensor, keys: Tensor, code: Code) -> Tensor:
     - binary: $2\langle a, b\rangle / d$, about half of one for vectors that have nothing in common;
     - complement: $2\langle a, b\rangle / d - 1$ with d before doubling: the bipolar one, exactly.
 
+    Args:
+        queries: encoded.
+        keys: encoded.
+        code: of both.
+        measure: "cosine" or "dot" instead, where they differ: a real inner product, or a binary
+            cosine, which does not prefer keys of many ones.
+
     Examples:
         >>> x, y = torch.tensor([1.0, -1.0, 2.0, 3.0]), torch.tensor([[1.0, 1.0, 1.0, -1.0]])
         >>> [similarity(encode(x, c), encode(y, c), c).tolist() for c in ("bipolar", "complement")]
         [[0.0], [0.0]]
     """
-    require_code(code)
-    if code == "real":
+    measure = measure_of(code, measure)
+    if measure == "cosine":
         queries, keys = F.normalize(queries, dim=-1), F.normalize(keys, dim=-1)
-    return of_products(queries @ keys.transpose(-1, -2), keys.shape[-1], code)
+    return of_products(queries @ keys.transpose(-1, -2), keys.shape[-1], code, measure)
 
 
-def of_products(products: Tensor, width: int, code: Code) -> Tensor:
-    """Similarities from inner products of encoded vectors of that width; unit vectors for real."""
-    if code == "real":
+def measure_of(code: Code, measure: Measure | None) -> Measure:
+    """The measure that is asked for, or the code's own; where both are the same, dot."""
+    require_code(code)
+    if measure is not None and measure not in get_args(Measure):
+        raise ConfigError(f"Unknown measure {measure!r}. {nearest(measure, get_args(Measure))}")
+    if code in ("bipolar", "complement"):
+        return "dot"
+    return measure or ("cosine" if code == "real" else "dot")
+
+
+def of_products(products: Tensor, width: int, code: Code, measure: Measure) -> Tensor:
+    """Similarities from inner products of encoded vectors of that width; for cosine, unit ones."""
+    if code == "real" or measure == "cosine":
         return products
     if code == "complement":
         return 4 * products / width - 1

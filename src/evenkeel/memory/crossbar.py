@@ -104,16 +104,23 @@ class CrossbarMemory(KeyValueMemory):
         """Similarities by the columns' currents, (..., columns), and the class of each column."""
         columns = self.columns
         x = queries.to(columns.unit.dtype)
-        x = F.normalize(x, dim=-1) if self.code == "real" else x
+        length = x.norm(dim=-1, keepdim=True)
+        if self.code == "real":  # rows are driven by a vector of length 1
+            x = F.normalize(x, dim=-1)
         current = columns.currents(x)
         if self.converter is not None:
             on = math.sqrt(self.dim) if self.code == "real" else self.dim
             current = self.converter(current, on * columns.device.g_max, signed=self.paired)
         products = current * (columns.unit * columns.compensation)
+        if self.code == "real" and self.measure == "dot":
+            products = products * length
+        elif self.code == "binary" and self.measure == "cosine":
+            products = products / length.clamp_min(1)
         owners = self.owners
         if self.prototypes:
             owners = torch.arange(len(self.classes), device=owners.device)
-        return of_products(products, self.keys.shape[1], self.code), owners
+        width = self.keys.shape[1]
+        return of_products(products, width, self.code, self.measure), owners
 
     def _bits(self) -> None:
         """None: currents are no distances of bits."""
@@ -152,11 +159,13 @@ class CrossbarMemory(KeyValueMemory):
         """Target conductances of keys (n, width), and what a µS stands for in each (n,)."""
         device = self.columns.device
         if self.code == "real":
-            target, unit = device.convert(F.normalize(rows, dim=-1))
+            unit_rows = F.normalize(rows, dim=-1) if self.measure == "cosine" else rows
+            target, unit = device.convert(unit_rows)
             return target, unit.expand(len(rows), 1).flatten()
         signs = (rows, -rows) if self.paired else (rows,)
         target = torch.stack([sign.clamp_min(0) for sign in signs]) * device.g_max
-        return target, rows.new_full((len(rows),), 1 / device.g_max)
+        length = rows.norm(dim=-1) if self.measure == "cosine" else torch.ones(len(rows))
+        return target, 1 / (device.g_max * length.to(rows).clamp_min(1))
 
     def extra_repr(self) -> str:
         """What it was made with, what it holds, and the converter."""

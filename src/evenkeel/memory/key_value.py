@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from evenkeel.errors import ConfigError, ShapeError, nearest
 from evenkeel.memory.attention import STIFFNESS, attention, nearest_support, summed
-from evenkeel.memory.codes import Code, encode, require_code, similarity
+from evenkeel.memory.codes import Code, Measure, encode, measure_of, similarity
 
 if TYPE_CHECKING:
     from evenkeel.analog import Converter, Device, DeviceModel
@@ -66,6 +66,8 @@ class KeyValueMemory(nn.Module):
     Args:
         dim: of the vectors, d.
         code: how they are kept, see :func:`evenkeel.memory.encode`.
+        measure: "cosine" or "dot" instead of the code's own, see
+            :func:`evenkeel.memory.similarity`.
         sharpening: $\varepsilon$, one of :data:`evenkeel.memory.SHARPENINGS`; default: that of the
             code, softabs for real, abs for bipolar and complement, identity for binary.
         stiffness: $\beta$ of softabs and softmax.
@@ -103,6 +105,7 @@ class KeyValueMemory(nn.Module):
         dim: int,
         *,
         code: Code = "real",
+        measure: Measure | None = None,
         sharpening: str | None = None,
         stiffness: float = STIFFNESS,
         read_out: ReadOut = "sum",
@@ -110,7 +113,7 @@ class KeyValueMemory(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        require_code(code)
+        own_measure = measure_of(code, measure)
         if dim < 1:
             raise ConfigError(f"dim must be 1 or more; got {dim!r}.")
         if read_out not in get_args(ReadOut):
@@ -120,6 +123,7 @@ class KeyValueMemory(nn.Module):
         super().__init__()
         self.dim = dim
         self.code: Code = code
+        self.measure = own_measure
         self.sharpening = SHARPENING_OF[code] if sharpening is None else sharpening
         self.stiffness = stiffness
         self.read_out = read_out
@@ -224,7 +228,7 @@ class KeyValueMemory(nn.Module):
     def similarities(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Similarities of encoded queries to each row, (..., rows), and the class of each row."""
         keys, owners = self.rows()
-        return similarity(queries, keys, self.code), owners
+        return similarity(queries, keys, self.code, self.measure), owners
 
     def program(
         self,
@@ -248,6 +252,7 @@ class KeyValueMemory(nn.Module):
         """What it was made with, besides its size."""
         return {
             "code": self.code,
+            "measure": self.measure,
             "sharpening": self.sharpening,
             "stiffness": self.stiffness,
             "read_out": self.read_out,
