@@ -24,6 +24,7 @@ from evenkeel.errors import ConfigError
 from evenkeel.memory import (
     CODES,
     OBJECTIVES,
+    CrossbarMemory,
     EpisodeSampler,
     KeyValueMemory,
     attention_loss,
@@ -208,6 +209,12 @@ def test_what_is_perfectly_right_or_wrong_has_a_finite_loss_and_gradient():
     assert attention_loss(keys, owners, keys, right) < 0.1 < worst
 
 
+def test_scores_are_bounded_away_from_0_and_1():
+    keys, owners = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([0, 1])
+    loss = attention_loss(keys, owners, keys[:1], owners[1:], sharpening="softmax")
+    assert loss.item() == pytest.approx(-np.log(1e-7), abs=0.2)  # not the 60 of exp(-20) and 0
+
+
 def test_softmax_alone_asks_opposite_classes_to_stay_opposite():
     keys, owners = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([0, 1])
     query = torch.tensor([[1.0, 0.0]])
@@ -364,7 +371,19 @@ def test_a_device_that_ages_has_a_row_for_each_age(vectors):
     ages = (0.0, 3600.0, 3e7)
     rows = ask(vectors, [Question(5, 2, "binary", as_device(PCM()), ages)])
     assert [row["age_s"] for row in rows] == list(ages)
-    assert len({row["accuracy"] for row in rows}) > 1
+    stored, shares = load_file(vectors), []
+    x, sampler = stored["vectors"], EpisodeSampler(stored["labels"], 5, 2, 6, episodes=30)
+    for number, episode in enumerate(sampler):
+        memory = CrossbarMemory(48, PCM(), seed=number, code="binary")
+        memory.write(x[episode.support], episode.support_labels)
+        shares.append([])
+        for age in ages:
+            if age:
+                memory.age_(age).compensate_()
+            found = memory.read(x[episode.queries]).best
+            shares[-1].append((found == episode.query_labels).double().mean())
+    expected = 100 * torch.tensor(shares, dtype=DOUBLE).mean(0)
+    assert [row["accuracy"] for row in rows] == pytest.approx(expected.tolist())
     (alone,) = ask(vectors, [Question(5, 2, "binary", as_device(PCM()))])
     assert alone == rows[0]
 

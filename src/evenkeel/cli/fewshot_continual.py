@@ -17,6 +17,7 @@ from evenkeel.audit.names import resolve
 from evenkeel.audit.plan import parse_age
 from evenkeel.cli.fewshot_measure import embedded
 from evenkeel.cli.labelled import labelled_from
+from evenkeel.cli.network import network_from
 from evenkeel.cli.progress import progress_bar
 from evenkeel.files import require_writable_folder, write_atomically
 from evenkeel.provenance import environment
@@ -26,13 +27,16 @@ SHOWN = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
 def continual(
-    controller: Path,
+    controller: str,
     /,
     *,
     out: Path,
+    weights: str | None = None,
     data: str = "omniglot",
     data_root: Path | None = None,
     split: Literal["official", "vinyals"] = "official",
+    size: int = 32,
+    ink: bool = False,
     classes: int = 100,
     shots: int = 5,
     code: str = "bipolar",
@@ -47,15 +51,22 @@ def continual(
     Parameters
     ----------
     controller
-        Safetensors file that ``evenkeel fewshot train`` or ``ek.save`` wrote.
+        Safetensors file that ``evenkeel fewshot train`` or ``ek.save`` wrote; or module:factory
+        of your own network, which gives a vector for each image, with --weights.
     out
         Folder for the picture, and for the images' vectors, which are computed once.
+    weights
+        Of a network of your own: a safetensors file, or "own" where the factory loads them.
     data
         omniglot, or a folder with test/, of images in one folder for each class.
     data_root
         Where published sets lie; default $EVENKEEL_DATA.
     split
         Of Omniglot: official (background and evaluation) or vinyals.
+    size
+        Images are resized to this.
+    ink
+        Your images are dark ink on white paper: make ink 1 and paper 0, as for Omniglot.
     classes
         How many are learnt.
     shots
@@ -83,8 +94,12 @@ def continual(
     require_writable_folder(out)
     console = Console()
     with progress_bar(console) as bar:
-        images = labelled_from(data, "test", root=data_root, split=split, bar=bar)
-        vectors = load_file(embedded(controller, images, out, bar))["vectors"]
+        images = labelled_from(
+            data, "test", root=data_root, split=split, size=size, ink=ink, bar=bar
+        )
+        vectors = load_file(embedded(network_from(controller, weights), images, out, bar))[
+            "vectors"
+        ]
         job = bar.add_task("runs")
         rows = learn_one_by_one(
             vectors,

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
+from torch import nn
 
 from evenkeel.analog import Device, Spread
 from evenkeel.analog.device import as_device
@@ -20,13 +21,14 @@ from evenkeel.audit.names import resolve
 from evenkeel.audit.plan import age_label, parse_age
 from evenkeel.audit.run import local_processes, num_workers
 from evenkeel.cli.labelled import labelled_from
+from evenkeel.cli.network import network_from
 from evenkeel.cli.progress import progress_bar
 from evenkeel.data import LabelledImages
 from evenkeel.data.dataset import fingerprint
 from evenkeel.errors import ConfigError
 from evenkeel.files import require_writable_folder, write_atomically
 from evenkeel.provenance import environment
-from evenkeel.saving import describe, load, read
+from evenkeel.saving import load
 from evenkeel.studies.frame import svg
 
 if TYPE_CHECKING:
@@ -41,13 +43,16 @@ Several = Annotated[list[str] | None, Parameter(consume_multiple=True, negative=
 
 
 def measure(
-    controller: Path,
+    controller: str,
     /,
     *,
     out: Path,
+    weights: str | None = None,
     data: str = "omniglot",
     data_root: Path | None = None,
     split: Literal["official", "vinyals"] = "official",
+    size: int = 32,
+    ink: bool = False,
     task: Several = None,
     code: Several = None,
     device: Several = None,
@@ -66,15 +71,22 @@ def measure(
     Parameters
     ----------
     controller
-        Safetensors file that ``evenkeel fewshot train`` or ``ek.save`` wrote.
+        Safetensors file that ``evenkeel fewshot train`` or ``ek.save`` wrote; or module:factory
+        of your own network, which gives a vector for each image, with --weights.
     out
         Folder for pictures, figures and the images' vectors, which are computed once.
+    weights
+        Of a network of your own: a safetensors file, or "own" where the factory loads them.
     data
         omniglot, or a folder with test/, of images in one folder for each class.
     data_root
         Where published sets lie; default $EVENKEEL_DATA.
     split
         Of Omniglot: official (background and evaluation) or vinyals.
+    size
+        Images are resized to this.
+    ink
+        Your images are dark ink on white paper: make ink 1 and paper 0, as for Omniglot.
     task
         Ways x shots; default 5x1 20x5 100x5.
     code
@@ -100,8 +112,10 @@ def measure(
     require_writable_folder(out)
     console = Console()
     with progress_bar(console) as bar:
-        images = labelled_from(data, "test", root=data_root, split=split, bar=bar)
-        vectors = embedded(controller, images, out, bar)
+        images = labelled_from(
+            data, "test", root=data_root, split=split, size=size, ink=ink, bar=bar
+        )
+        vectors = embedded(network_from(controller, weights), images, out, bar)
         job = bar.add_task("episodes", total=None)
 
         def ask(file: Path, asked: Sequence["Question"]) -> list[Facts]:
@@ -119,13 +133,12 @@ def measure(
             baseline = [q for q in questions if q.device is None]
             plain = {(q.ways, q.shots): q for q in baseline}.values()
             rows += ask(
-                embedded(prototypes, images, out, bar),
+                embedded(load(prototypes), images, out, bar),
                 [type(q)(q.ways, q.shots, "prototypes") for q in plain],
             )
     facts = {
         "command": shlex.join(["evenkeel", *sys.argv[1:]]),
         "environment": environment(),
-        "controller": describe(controller).get("about", {}),
         "classes": len(images.classes),
         "rows": rows,
     }
@@ -165,11 +178,11 @@ def task_from(text: str) -> tuple[int, int]:
     return int(ways), int(shots)
 
 
-def embedded(controller: Path, images: LabelledImages, out: Path, bar: Progress) -> Path:
-    """The file of vectors of all images by a controller; computed where it is not there."""
+def embedded(network: nn.Module, images: LabelledImages, out: Path, bar: Progress) -> Path:
+    """The file of vectors of all images by a network; computed where it is not there."""
     from evenkeel.memory.recall import embed
 
-    key = fingerprint([read(controller)[0], images.images, images.labels])
+    key = fingerprint([network.state_dict(), images.images, images.labels])
     path = out / f"vectors-{key[:16]}.safetensors"
     if not path.exists():
         job = bar.add_task("embedding")
@@ -177,7 +190,7 @@ def embedded(controller: Path, images: LabelledImages, out: Path, bar: Progress)
         def show(done: int, total: int) -> None:
             bar.update(job, completed=done, total=total, visible=done < total)
 
-        vectors = embed(load(controller), images.images, progress=show)
+        vectors = embed(network, images.images, progress=show)
         write_atomically(path, to_bytes({"vectors": vectors, "labels": images.labels}))
     return path
 

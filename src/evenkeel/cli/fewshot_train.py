@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from evenkeel.cli.labelled import labelled_from
+from evenkeel.cli.network import made_by
 from evenkeel.cli.progress import progress_bar
 from evenkeel.errors import ConfigError, nearest
 from evenkeel.files import require_writable_folder, write_atomically
@@ -29,6 +30,9 @@ def train(
     data: str = "omniglot",
     data_root: Path | None = None,
     split: Literal["official", "vinyals"] = "official",
+    size: int = 32,
+    ink: bool = False,
+    encoder: str = "hd_controller",
     objective: str = "softabs",
     ways: int = 20,
     shots: int = 5,
@@ -59,6 +63,13 @@ def train(
         Where published sets lie; default $EVENKEEL_DATA.
     split
         Of Omniglot: official (background and evaluation) or vinyals.
+    size
+        Images are resized to this.
+    ink
+        Your images are dark ink on white paper: make ink 1 and paper 0, as for Omniglot.
+    encoder
+        hd_controller, the published one; or module:factory of your own, which gives a vector for
+        each image.
     objective
         softabs: the memory's attention, as published. softmax: the control. prototypes: those of
         Snell et al.
@@ -79,9 +90,9 @@ def train(
     every
         Episodes from one validation to the next.
     channels
-        Of the controller's convolutions.
+        Of the published controller's convolutions.
     dim
-        Of the vectors.
+        Of its vectors.
     seed
         Of initialisation, episodes and augmentation.
     precision
@@ -105,7 +116,7 @@ def train(
     }
     with progress_bar(console) as bar:
         samples, held_out = (
-            labelled_from(data, part, root=data_root, split=split, bar=bar)
+            labelled_from(data, part, root=data_root, split=split, size=size, ink=ink, bar=bar)
             for part in ("train", "validation")
         )
         samples = samples.turned() if turned else samples
@@ -126,18 +137,21 @@ def train(
                 highlight=False,
             )
 
-        def validate(encoder: nn.Module) -> float:
+        def validate(network: nn.Module) -> float:
             from evenkeel.memory.recall import accuracies, embed, recall_by
 
             with fabric.autocast():
-                vectors = embed(encoder, held_out.images).float()
+                vectors = embed(network, held_out.images).float()
             return 100 * float(accuracies(vectors, asked, recall_by(objective)).mean())
 
-        encoder = fit_episodes(
-            lambda: _laid_out(
-                build("hd_controller", dim=dim, channels=channels, in_channels=samples.channels),
-                torch.channels_last,
-            ),
+        def make() -> nn.Module:
+            if encoder != "hd_controller":
+                return made_by(encoder)
+            options = {"dim": dim, "channels": channels, "in_channels": samples.channels}
+            return _laid_out(build(encoder, **options), torch.channels_last)
+
+        network = fit_episodes(
+            make,
             samples.images,
             sampler,
             OBJECTIVES[objective],
@@ -154,9 +168,9 @@ def train(
             on_validation=note,
         )
     best = max(row["validation"] for row in log)
-    halved = _laid_out(encoder.cpu(), torch.contiguous_format).half()
+    halved = _laid_out(network.cpu(), torch.contiguous_format).half()
     save(halved, out, objective=objective, validation=best, data=data, split=split)
-    facts["parameters"] = sum(p.numel() for p in encoder.parameters())
+    facts["parameters"] = sum(p.numel() for p in network.parameters())
     write_atomically(log_path, json.dumps(facts, indent=1).encode())
     checkpoint.unlink(missing_ok=True)
     console.print(

@@ -9,7 +9,6 @@ from evenkeel import data as datasets
 from evenkeel.data import LabelledImages
 from evenkeel.errors import ConfigError
 
-SIZE = 32
 Part = Literal["train", "validation", "test"]
 
 
@@ -19,9 +18,11 @@ def labelled_from(
     *,
     root: Path | None,
     split: Literal["official", "vinyals"],
+    size: int,
+    ink: bool,
     bar: Progress,
 ) -> LabelledImages:
-    """Images of "omniglot", or of the folder that a part has in another, 32x32, ink 1."""
+    """Images of "omniglot", ink 1, or of the folder that a part has in another, size x size."""
     job = bar.add_task(f"reading {part}")
 
     def show(done: int, total: int) -> None:
@@ -29,10 +30,10 @@ def labelled_from(
 
     if name == "omniglot":
         folder = datasets.folder_of(name, root)
-        return datasets.omniglot(folder, part, split=split, size=SIZE, progress=show)
+        return datasets.omniglot(folder, part, split=split, size=size, progress=show)
     if not (Path(name) / part).is_dir():
         raise ConfigError(
             f"--data must be omniglot, or a folder with {part}/CLASS/*.png; {Path(name) / part} is "
             f"no folder."
         )
-    return datasets.labelled_folder(Path(name) / part, size=SIZE, invert=True, progress=show)
+    return datasets.labelled_folder(Path(name) / part, size=size, invert=ink, progress=show)

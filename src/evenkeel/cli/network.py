@@ -22,12 +22,7 @@ def network_from(model: str, weights: str | None) -> nn.Module:
             "where the factory loads them itself."
         )
     if ":" in model:
-        made = import_from(model)
-        network = made if isinstance(made, nn.Module) else made()
-        if not isinstance(network, nn.Module):
-            raise ConfigError(
-                f"{model} must give a torch.nn.Module; it gives {type(network).__name__}."
-            )
+        network = made_by(model)
     elif model in known():
         network = models.build(model)
     else:
@@ -39,3 +34,14 @@ def network_from(model: str, weights: str | None) -> nn.Module:
         tensors, _ = read(weights)
         load_tensors(network, tensors, weights)
     return network.eval()
+
+
+def made_by(model: str) -> nn.Module:
+    """The network that ``module:factory`` gives."""
+    made = import_from(model)
+    network = made if isinstance(made, nn.Module) else made()
+    if not isinstance(network, nn.Module):
+        raise ConfigError(
+            f"{model} must give a torch.nn.Module; it gives {type(network).__name__}."
+        )
+    return network
