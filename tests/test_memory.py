@@ -408,5 +408,5 @@ def test_another_measure_than_the_codes_own(code, measure):
 
 
 def test_an_unknown_measure_is_refused():
-    with pytest.raises(ConfigError, match="Unknown measure 'cosin'.*cosine"):
+    with pytest.raises(ConfigError, match=r"Unknown measure 'cosin'.*cosine"):
         KeyValueMemory(D, measure="cosin")

@@ -4,7 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from evenkeel.errors import StoreError
+from evenkeel.errors import ConfigError, StoreError
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
@@ -30,6 +30,16 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         if isinstance(error, OSError):
             raise StoreError(f"Cannot write {path}: {error.strerror}.") from error
         raise
+
+
+def require_weights_file(path: Path) -> None:
+    """Refuse now, not after an hour, a file that weights and the log beside them cannot be."""
+    if path.suffix != ".safetensors" or path.is_dir():
+        raise ConfigError(
+            f"Weights are written to a file that ends in .safetensors, with the log beside it as "
+            f".json; got {path}."
+        )
+    require_writable_folder(path.parent)
 
 
 def require_writable_folder(path: str | Path) -> Path:

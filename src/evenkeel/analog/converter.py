@@ -7,6 +7,8 @@ from torch import Tensor
 
 from evenkeel.errors import ConfigError
 
+MOST_BITS = 32
+
 
 @dataclass(frozen=True)
 class Converter:
@@ -18,7 +20,7 @@ class Converter:
     where nothing is below zero, from 0 to R, with $\Delta = R / (2^b - 1)$.
 
     Args:
-        bits: b, 2 or more.
+        bits: b, from 2 to 32.
         limit: R, as a share of the largest value that can come.
 
     Examples:
@@ -31,8 +33,8 @@ class Converter:
     limit: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or self.bits < 2:
-            raise ConfigError(f"A converter needs 2 bits or more; got {self.bits!r}.")
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= MOST_BITS:
+            raise ConfigError(f"A converter needs 2 to {MOST_BITS} bits; got {self.bits!r}.")
         if not 0 < self.limit < math.inf:
             raise ConfigError(f"A converter's limit must be above 0; got {self.limit!r}.")
 

@@ -15,11 +15,14 @@ from safetensors.torch import load_file
 from evenkeel.analog.device import as_device
 from evenkeel.audit.names import resolve
 from evenkeel.audit.plan import parse_age
-from evenkeel.cli.fewshot_measure import embedded
+from evenkeel.cli.fewshot_measure import embedded, mean_and_interval
 from evenkeel.cli.labelled import labelled_from
 from evenkeel.cli.network import network_from
 from evenkeel.cli.progress import progress_bar
 from evenkeel.files import require_writable_folder, write_atomically
+from evenkeel.memory.codes import require_code
+from evenkeel.memory.continual import learn_one_by_one
+from evenkeel.memory.evaluation import Question
 from evenkeel.provenance import environment
 from evenkeel.studies.frame import svg
 
@@ -84,10 +87,6 @@ def continual(
     json_file
         Write all figures, with the environment.
     """
-    from evenkeel.memory.codes import require_code
-    from evenkeel.memory.continual import learn_one_by_one
-    from evenkeel.memory.evaluation import Question
-
     require_code(code)
     chosen = None if device is None else as_device(resolve("devices", device))
     question = Question(classes, shots, code, chosen)
@@ -130,7 +129,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
             table.add_row(
                 str(row["classes"]),
                 *(
-                    f"{row[part]:.1f} ± {row[f'{part}_half_width']:.1f}" if part in row else ""
+                    mean_and_interval(row, part, f"{part}_half_width") if part in row else ""
                     for part in ("old", "new", "all")
                 ),
             )

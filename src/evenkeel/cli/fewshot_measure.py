@@ -3,17 +3,19 @@
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
-from torch import nn
+from torch import Tensor, nn
 
 from evenkeel.analog import Device, Spread
 from evenkeel.analog.device import as_device
@@ -25,14 +27,16 @@ from evenkeel.cli.network import network_from
 from evenkeel.cli.progress import progress_bar
 from evenkeel.data import LabelledImages
 from evenkeel.data.dataset import fingerprint
-from evenkeel.errors import ConfigError
+from evenkeel.errors import ConfigError, WorkerError
 from evenkeel.files import require_writable_folder, write_atomically
+from evenkeel.memory import CODES, EpisodeSampler
+from evenkeel.memory.codes import require_code
+from evenkeel.memory.evaluation import Question, answers
+from evenkeel.memory.pictures import episode_picture
+from evenkeel.memory.recall import embed
 from evenkeel.provenance import environment
-from evenkeel.saving import load
+from evenkeel.saving import describe, load
 from evenkeel.studies.frame import svg
-
-if TYPE_CHECKING:
-    from evenkeel.memory.evaluation import Question
 
 Facts = dict[str, Any]
 SPREADS = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -106,66 +110,121 @@ def measure(
     json_file
         Write all figures, with the environment.
     """
-    from evenkeel.memory.evaluation import answers
-
-    questions = _questions(task or TASKS, code, device or DEVICES, age or ("0", "1h", "1d"))
     require_writable_folder(out)
+    chosen = [as_device(resolve("devices", text)) for text in device or DEVICES]
+    ages = tuple(sorted({parse_age(text) for text in age or ("0", "1h", "1d")}))
+    encoder, about = network_from(controller, weights), _about(controller)
     console = Console()
     with progress_bar(console) as bar:
         images = labelled_from(
             data, "test", root=data_root, split=split, size=size, ink=ink, bar=bar
         )
-        vectors = embedded(network_from(controller, weights), images, out, bar)
+        tasks = _tasks(task, images, episodes)
+        questions = _questions(tasks, code, chosen, ages, about.get("objective"))
+        vectors = embedded(encoder, images, out, bar)
         job = bar.add_task("episodes", total=None)
 
-        def ask(file: Path, asked: Sequence["Question"]) -> list[Facts]:
-            return answers(
+        def ask(file: Path, asked: Sequence[Question]) -> list[Facts]:
+            return _answers(
                 file,
                 asked,
-                episodes=episodes,
-                seed=seed,
-                pool=local_processes(num_workers(workers), "fewshot"),
-                progress=lambda done, total: bar.update(job, completed=done, total=total),
+                episodes,
+                seed,
+                workers,
+                lambda done, total: bar.update(job, completed=done, total=total),
             )
 
         rows = ask(vectors, questions)
         if prototypes is not None:
-            baseline = [q for q in questions if q.device is None]
-            plain = {(q.ways, q.shots): q for q in baseline}.values()
             rows += ask(
                 embedded(load(prototypes), images, out, bar),
-                [type(q)(q.ways, q.shots, "prototypes") for q in plain],
+                [Question(*one, "prototypes") for one in tasks],
             )
-    facts = {
-        "command": shlex.join(["evenkeel", *sys.argv[1:]]),
-        "environment": environment(),
-        "classes": len(images.classes),
-        "rows": rows,
-    }
+    if json_file is not None:
+        facts = {
+            "command": shlex.join(["evenkeel", *sys.argv[1:]]),
+            "environment": environment(),
+            "controller": about,
+            "classes": len(images.classes),
+            "rows": rows,
+        }
+        write_atomically(json_file, (json.dumps(facts, indent=1) + "\n").encode())
     for name in dict.fromkeys(row["task"] for row in rows):
         console.print(_table(name, [row for row in rows if row["task"] == name]))
     console.print(f"Percent, mean of {episodes} episodes and its 95 % interval.", highlight=False)
     for picture in _pictures(rows, questions, vectors, images, out, seed):
         console.print(str(picture), highlight=False)
-    if json_file is not None:
-        write_atomically(json_file, (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def _about(controller: str) -> Facts:
+    """What its file tells of the training; nothing of a network by module:factory."""
+    if not controller.endswith(".safetensors"):
+        return {}
+    about: Facts = describe(controller).get("about", {})
+    return about
+
+
+def _tasks(
+    asked: Sequence[str] | None, images: LabelledImages, episodes: int
+) -> list[tuple[int, int]]:
+    """The tasks that are asked for; of the usual ones those for which there are images."""
+    tasks = [task_from(text) for text in asked or TASKS]
+    if asked is None:
+        samples = int(torch.bincount(images.labels).min())
+        tasks = [(m, n) for m, n in tasks if m <= len(images.classes) and n < samples]
+        if not tasks:
+            raise ConfigError(
+                f"None of the usual tasks fits {len(images.classes)} classes with {samples} images "
+                f"in the smallest; name one, such as --task 3x1."
+            )
+    for ways, shots in tasks:  # what cannot be is refused before anything is embedded
+        EpisodeSampler(images.labels, ways, shots, 1, episodes=episodes)
+    return tasks
+
+
+def _answers(
+    vectors: Path,
+    questions: Sequence[Question],
+    episodes: int,
+    seed: int,
+    workers: int | None,
+    progress: Callable[[int, int], None],
+) -> list[Facts]:
+    number = num_workers(workers)
+    pool = local_processes(number, "fewshot") if number else ThreadPoolExecutor(1)
+    try:
+        return answers(
+            vectors, questions, episodes=episodes, seed=seed, pool=pool, progress=progress
+        )
+    except BrokenExecutor as error:
+        raise WorkerError(
+            f"A worker process died ({error}); often memory ran out. Use fewer: --workers 1."
+        ) from error
 
 
 def _questions(
-    tasks: Sequence[str], codes: Sequence[str] | None, devices: Sequence[str], ages: Sequence[str]
-) -> list["Question"]:
-    from evenkeel.memory import CODES
-    from evenkeel.memory.codes import require_code
-    from evenkeel.memory.evaluation import Question
-
+    tasks: Sequence[tuple[int, int]],
+    codes: Sequence[str] | None,
+    devices: Sequence[Device],
+    ages: tuple[float, ...],
+    objective: str | None,
+) -> list[Question]:
     for name in codes or ():
         require_code(name)
-    seconds = tuple(sorted({parse_age(text) for text in ages}))
-    chosen: list[Device | None] = [None, *(as_device(resolve("devices", d)) for d in devices)]
+    # One that was trained for softmax attention is read by it; for the other codes it stands for no
+    # simpler function.
+    own = {"real": (("sharpening", "softmax"),)} if objective == "softmax" else {}
     return [
-        Question(*task_from(text), code, device, seconds if device and device.ages else (0.0,))
-        for text in tasks
-        for device in chosen
+        Question(
+            ways,
+            shots,
+            code,
+            device,
+            ages if device is not None and device.ages else (0.0,),
+            options=own.get(code, ()),
+        )
+        for ways, shots in tasks
+        for device in (None, *devices)
         for code in codes or CODES
     ]
 
@@ -180,9 +239,7 @@ def task_from(text: str) -> tuple[int, int]:
 
 def embedded(network: nn.Module, images: LabelledImages, out: Path, bar: Progress) -> Path:
     """The file of vectors of all images by a network; computed where it is not there."""
-    from evenkeel.memory.recall import embed
-
-    key = fingerprint([network.state_dict(), images.images, images.labels])
+    key = fingerprint([network.state_dict(), _seen(network, images), images.images, images.labels])
     path = out / f"vectors-{key[:16]}.safetensors"
     if not path.exists():
         job = bar.add_task("embedding")
@@ -195,6 +252,17 @@ def embedded(network: nn.Module, images: LabelledImages, out: Path, bar: Progres
     return path
 
 
+def _seen(network: nn.Module, images: LabelledImages) -> Tensor:
+    """Vectors of a few images: what tells networks of one state and different code apart."""
+    try:
+        return embed(network, images.images[:4])
+    except RuntimeError as error:
+        raise ConfigError(
+            f"The network cannot take images of shape {tuple(images.images.shape[1:])}: "
+            f"{str(error).splitlines()[0]} Look at the channels of the images, and at --size."
+        ) from error
+
+
 def _table(task: str, rows: Sequence[Facts]) -> Table:
     codes = list(dict.fromkeys(row["code"] for row in rows))
     found = {(_condition(row), row["code"]): row for row in rows}
@@ -205,9 +273,14 @@ def _table(task: str, rows: Sequence[Facts]) -> Table:
         cells = [found.get((condition, code)) for code in codes]
         table.add_row(
             condition,
-            *(f"{row['accuracy']:.2f} ± {row['half_width']:.2f}" if row else "" for row in cells),
+            *("" if row is None else mean_and_interval(row) for row in cells),
         )
     return table
+
+
+def mean_and_interval(row: Facts, of: str = "accuracy", width: str = "half_width") -> str:
+    """As it is printed; of a single episode there is no interval."""
+    return f"{row[of]:.2f}" + ("" if row[width] is None else f" ± {row[width]:.2f}")
 
 
 def _condition(row: Facts) -> str:
@@ -218,16 +291,13 @@ def _condition(row: Facts) -> str:
 
 def _pictures(
     rows: Sequence[Facts],
-    questions: Sequence["Question"],
+    questions: Sequence[Question],
     vectors: Path,
     images: LabelledImages,
     out: Path,
     seed: int,
 ) -> list[Path]:
     """Accuracy against the spread, where several were asked; an episode with its attention."""
-    from evenkeel.memory import EpisodeSampler
-    from evenkeel.memory.pictures import episode_picture
-
     files = []
     spreads = {
         q.device.name: q.device.level for q in questions if q.device and _is_spread(q.device)
@@ -247,6 +317,7 @@ def _pictures(
         images.images[episode.queries],
         episode.query_labels,
         memory.read(x[episode.queries]),
+        ink=images.ink,
     )
     files.append(out / "episode.svg")
     write_atomically(files[-1], drawn.encode())
@@ -267,8 +338,8 @@ def spread_chart(rows: Sequence[Facts], spreads: Mapping[str, float | None]) -> 
             "code": row["code"],
             "spread": 100 * (spreads[row["device"]] or 0 if row["device"] else 0),
             "accuracy": row["accuracy"],
-            "low": row["accuracy"] - row["half_width"],
-            "high": row["accuracy"] + row["half_width"],
+            "low": row["accuracy"] - (row["half_width"] or 0),
+            "high": row["accuracy"] + (row["half_width"] or 0),
         }
         for row in rows
         if (row["device"] is None or row["device"] in spreads) and row["code"] != "prototypes"

@@ -1,5 +1,6 @@
 """``evenkeel fewshot train``."""
 
+import functools
 import json
 import shlex
 import sys
@@ -14,7 +15,7 @@ from evenkeel.cli.labelled import labelled_from
 from evenkeel.cli.network import made_by
 from evenkeel.cli.progress import progress_bar
 from evenkeel.errors import ConfigError, nearest
-from evenkeel.files import require_writable_folder, write_atomically
+from evenkeel.files import require_weights_file, write_atomically
 from evenkeel.models import build
 from evenkeel.provenance import environment
 from evenkeel.saving import save
@@ -104,7 +105,7 @@ def train(
 
     if objective not in OBJECTIVES:
         raise ConfigError(f"Unknown objective {objective!r}. {nearest(objective, OBJECTIVES)}")
-    require_writable_folder(out.parent)
+    require_weights_file(out)
     console = Console()
     log_path, checkpoint = out.with_suffix(".json"), out.with_suffix(".checkpoint")
     log: list[dict[str, Any]] = []
@@ -156,7 +157,7 @@ def train(
             sampler,
             OBJECTIVES[objective],
             learning_rate=learning_rate,
-            augment=drawn_anew,
+            augment=functools.partial(drawn_anew, beyond="zeros" if samples.ink else "border"),
             support_gradients=support_gradients,
             seed=seed,
             validate=validate,

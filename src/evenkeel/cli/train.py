@@ -15,7 +15,7 @@ from evenkeel import data as datasets
 from evenkeel.audit.run import evaluate
 from evenkeel.audit.tasks import Classify
 from evenkeel.cli.progress import progress_bar
-from evenkeel.files import require_writable_folder, write_atomically
+from evenkeel.files import require_weights_file, write_atomically
 from evenkeel.models import build
 from evenkeel.provenance import environment
 from evenkeel.saving import save
@@ -79,7 +79,7 @@ def train(
     }
     changed = {option: value for option, value in asked.items() if value is not None}
     chosen = dataclasses.replace(recipe(name), **changed)  # type: ignore[arg-type]
-    require_writable_folder(out.parent)
+    require_weights_file(out)
     samples, (x, y) = _data(chosen.data, data_root)
     fabric = launched(chosen.precision, who="evenkeel train")
     console = Console(quiet=fabric.global_rank > 0)

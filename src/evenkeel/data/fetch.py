@@ -8,11 +8,11 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from evenkeel.data.folder import pictures_digest
-from evenkeel.data.sets import check, data_root, standard_set
+from evenkeel.data.sets import check, data_root, file_state, standard_set
 from evenkeel.errors import ConfigError, StoreError
 from evenkeel.files import require_writable_folder, write_atomically
 
@@ -85,10 +85,10 @@ def _unfold(path: Path, folder: Path, wanted: str, source: str) -> None:
         try:
             with zipfile.ZipFile(path) as archive:
                 archive.extractall(beside)
-        except (OSError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError) as error:
             raise ConfigError(f"{source} is no whole archive: {error}. Try again.") from error
         new = Path(beside) / folder.name
-        if not new.is_dir() or pictures_digest(new) != wanted:
+        if not new.is_dir() or file_state(new, wanted) != "ok":
             raise _not_the_published(folder.name, source)
         if folder.exists():  # it was damaged
             folder.rename(Path(beside) / "damaged")
@@ -105,7 +105,7 @@ def _unpacked(path: Path, archive: str, wanted: list[str]) -> Iterator[tuple[str
                 file = member.name.rsplit("/", 1)[-1]
                 if file in wanted and (reader := tar.extractfile(member)) is not None:
                     yield file, reader.read()
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise ConfigError(f"{archive} is no whole archive: {error}. Try again.") from error
 
 

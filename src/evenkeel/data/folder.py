@@ -77,6 +77,17 @@ def image_files(folder: Path) -> list[Path]:
     )
 
 
+def image_folders(root: Path) -> list[Path]:
+    """All folders below one that themselves hold images, by name; hidden ones are left out."""
+    return sorted(
+        path
+        for path in root.rglob("*")
+        if path.is_dir()
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        and image_files(path)
+    )
+
+
 def stacked(
     paths: list[Path],
     size: int | None = None,
@@ -88,6 +99,7 @@ def stacked(
         image = torch.from_numpy(_pixels(path))
         if size is not None:
             image = F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)[0]
+            image.clamp_(0, 1)  # the filter's weights sum to a little more than 1
         pixels.append(image)
         if pixels[-1].shape != pixels[0].shape:
             raise ConfigError(
@@ -104,7 +116,7 @@ def pictures_digest(root: Path) -> str:
     How files are named or packed does not matter.
     """
     hasher = hashlib.sha256()
-    for folder in sorted(path for path in root.rglob("*") if path.is_dir()):
+    for folder in image_folders(root):
         for file in image_files(folder):
             pixels = (255 * _pixels(file)).round().astype(np.uint8)
             hasher.update(f"{folder.relative_to(root).as_posix()}{pixels.shape}".encode())
@@ -127,7 +139,7 @@ def _pixels(path: Path) -> np.ndarray:
                 )
             grey = image.mode in ("1", "L", "LA")
             array = np.asarray(image.convert("L" if grey else "RGB"), dtype=np.float32) / 255
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # as Pillow has it
         raise ConfigError(f"{path} cannot be read as an image: {error}.") from error
     return array[None] if grey else array.transpose(2, 0, 1)
 

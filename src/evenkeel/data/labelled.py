@@ -1,14 +1,14 @@
 """Labelled images for few-shot episodes: any folder of folders, and Omniglot in its two splits."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from evenkeel.data.folder import image_files, stacked
+from evenkeel.data.folder import image_files, image_folders, stacked
 from evenkeel.errors import ConfigError, nearest
 
 Progress = Callable[[int, int], None]
@@ -23,11 +23,13 @@ class LabelledImages:
         images: (N, C, H, W), pixels in [0, 1].
         labels: (N,), the index of the class.
         classes: their names: the folder's path, such as ``Greek/character07``.
+        ink: whether 1 is ink, and 0 the paper.
     """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    ink: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -48,17 +50,21 @@ class LabelledImages:
         new = torch.full((len(self.classes),), -1)
         new[kept] = torch.arange(len(kept))
         rows = new[self.labels] >= 0
-        return LabelledImages(
-            self.images[rows], new[self.labels[rows]], tuple(self.classes[k] for k in kept)
+        return replace(
+            self,
+            images=self.images[rows],
+            labels=new[self.labels[rows]],
+            classes=tuple(self.classes[k] for k in kept),
         )
 
     def turned(self) -> "LabelledImages":
         """Four times the classes: each as it is, and turned by 90, 180 and 270 degrees."""
         quarters = range(4)
-        return LabelledImages(
-            torch.cat([self.images.rot90(k, (2, 3)) for k in quarters]),
-            torch.cat([self.labels + k * len(self.classes) for k in quarters]),
-            tuple(f"{name}/rot{90 * k:03d}" for k in quarters for name in self.classes),
+        return replace(
+            self,
+            images=torch.cat([self.images.rot90(k, (2, 3)) for k in quarters]),
+            labels=torch.cat([self.labels + k * len(self.classes) for k in quarters]),
+            classes=tuple(f"{name}/rot{90 * k:03d}" for k in quarters for name in self.classes),
         )
 
 
@@ -83,7 +89,7 @@ def labelled_folder(
     root = Path(root)
     if not root.is_dir():
         raise ConfigError(f"No folder {root}. Give one with images in a folder for each class.")
-    folders = sorted(path for path in root.rglob("*") if path.is_dir() and image_files(path))
+    folders = image_folders(root)
     if not folders:
         raise ConfigError(f"No images in {root}: expected {root}/CLASS/*.png (or jpg, ...).")
     files = [(file, k) for k, folder in enumerate(folders) for file in image_files(folder)]
@@ -92,6 +98,7 @@ def labelled_folder(
         1 - images if invert else images,
         torch.tensor([k for _, k in files]),
         tuple(folder.relative_to(root).as_posix() for folder in folders),
+        ink=invert,
     )
 
 
@@ -113,10 +120,11 @@ def omniglot(
     size: int = 32,
     progress: Progress = lambda done, total: None,
 ) -> LabelledImages:
-    """Handwritten characters of one part, ink 1 and paper 0; no alphabet is in two parts.
+    """Handwritten characters of one part, ink 1 and paper 0.
 
     - official: "test" is ``images_evaluation``, 659 characters of 20 alphabets; "validation" the
-      172 of five alphabets of ``images_background``, "train" its other 792.
+      172 of five alphabets of ``images_background``, "train" its other 792. No alphabet is in two
+      parts.
     - vinyals: 423 characters to test on, the same 172, and 1,028 to train on. Its characters are
       not turned; see :meth:`LabelledImages.turned`. One alphabet, Gurmukhi, is on both sides.
 
@@ -125,6 +133,8 @@ def omniglot(
     """
     if split not in SPLITS:
         raise ConfigError(f"Unknown split {split!r}. {nearest(split, SPLITS)}")
+    if part not in get_args(Part):
+        raise ConfigError(f"Unknown part {part!r}. {nearest(part, get_args(Part))}")
     sides = ["background"] if part == "validation" or split == "official" else _SIDES
     if part == "test":
         sides = ["evaluation"]
@@ -153,4 +163,5 @@ def _together(parts: list[LabelledImages]) -> LabelledImages:
         torch.cat([part.images for part in parts]),
         torch.cat([part.labels + n for part, n in zip(parts, before, strict=True)]),
         tuple(name for part in parts for name in part.classes),
+        ink=True,
     )

@@ -156,7 +156,7 @@ def check(name: str, root: str | Path | None = None) -> dict[str, str]:
     """State of each file of a set: "ok", "missing", or "damaged" (its checksum is another)."""
     chosen = standard_set(name)
     folder = data_root(root) / chosen.folder
-    return {file: _state(folder / file, wanted) for file, wanted in chosen.files.items()}
+    return {file: file_state(folder / file, wanted) for file, wanted in chosen.files.items()}
 
 
 def sha256(path: Path) -> str:
@@ -165,8 +165,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _state(path: Path, wanted: str) -> str:
+def file_state(path: Path, wanted: str) -> str:
+    """State of a file, or of a folder of images: "ok", "missing" or "damaged"."""
     if not path.exists():
         return "missing"
-    found = pictures_digest(path) if path.is_dir() else sha256(path)
+    try:
+        found = pictures_digest(path) if path.is_dir() else sha256(path)
+    except ConfigError:  # a picture that cannot be read
+        return "damaged"
     return "ok" if found == wanted else "damaged"

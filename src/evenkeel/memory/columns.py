@@ -14,6 +14,8 @@ from evenkeel.errors import ConfigError
 from evenkeel.layers import restore_precision
 
 NAME = "memory"
+TINY = 1e-30
+"""Of a variance: the root's slope stays finite."""
 
 
 class Columns(nn.Module):
@@ -37,6 +39,7 @@ class Columns(nn.Module):
     _mean: Tensor
     _variance: Tensor | None
 
+    @torch.inference_mode(False)  # made inside of it, it must also serve outside
     def __init__(self, device: Device, rows: int, *, pairs: bool, seed: int) -> None:
         super().__init__()
         self.device = device
@@ -48,18 +51,19 @@ class Columns(nn.Module):
         self.register_buffer("clock", torch.zeros((), dtype=torch.float64))
         self.register_buffer("writes", torch.zeros((), dtype=torch.int64))
         self.register_buffer("accesses", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("read_key", read_key(seed, NAME, "read"))
-        # Derived, so not saved: what a read gives of each device.
+        # Derived, so not saved: what a read gives of each component.
+        self.register_buffer("read_key", read_key(seed, NAME, "read"), persistent=False)
         self.register_buffer("_mean", None, persistent=False)
         self.register_buffer("_variance", None, persistent=False)
-        # A column that is thrown away tells what the device's effects keep.
-        _, states = device.write(torch.zeros(1 + pairs, 1, rows), Draws(seed, NAME))
+        # Two columns that are thrown away tell what the device's effects keep.
+        shape = (1 + pairs, 2, rows)
+        _, states = device.write(torch.zeros(shape), Draws(seed, NAME))
         self._state_names = [sorted(state) for state in states]
         for name, value in self._flat(states).items():
-            if value.shape != (1 + pairs, 1, rows):
+            if value.shape != shape:
                 raise ConfigError(
                     f"A memory grows column by column, so {device.name} must keep its state in "
-                    f"tensors of the conductances' shape, {(1 + pairs, 1, rows)}; "
+                    f"tensors of the conductances' shape, {shape}; "
                     f"'{name}' has {tuple(value.shape)}."
                 )
             self.register_buffer(name, value[:, :0])
@@ -90,14 +94,22 @@ class Columns(nn.Module):
         for name, value in new.items():
             old = getattr(self, name)
             setattr(self, name, torch.cat([old, value.to(old)], _axis(value)))
-        self.writes += 1
+        self.writes = self.writes + 1  # not in place: a write that fails puts the old one back
         self._derive()
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def keep_(self, order: Tensor) -> None:
         """Keep these columns, in this order, and no others."""
-        for name, value in self._buffers.items():
-            if value is not None and value.dim() and name != "read_key":
-                setattr(self, name, value.index_select(_axis(value), order))
+        for name in self._growing():
+            value = getattr(self, name)
+            setattr(self, name, value.index_select(_axis(value), order))
+
+    def _growing(self) -> list[str]:
+        """Names of what has a part for each column."""
+        return [
+            k for k, v in self._buffers.items() if v is not None and v.dim() and k != "read_key"
+        ]
 
     def age_(self, seconds: float) -> None:
         """Set the clock."""
@@ -118,11 +130,13 @@ class Columns(nn.Module):
 
     def currents(self, x: Tensor) -> Tensor:
         """Current of each column, (..., columns), where x (..., rows) drives the rows; in µS."""
-        current = x @ (self._mean[0] if len(self._mean) == 1 else self._mean[0] - self._mean[1]).T
-        if self._variance is None:
-            return current
-        std = (x.square() @ self._variance.sum(0).T).sqrt()
-        return current + std * self._noise(current)
+        with torch.autocast(x.device.type, enabled=False):  # it is physics, not a layer
+            current = x @ self._mean.T
+            if self._variance is None:
+                return current
+            variance = x.square() @ self._variance.T
+            std = torch.where(variance > 0, variance.clamp_min(TINY).sqrt(), 0)
+        return current + std * self._noise(current.detach())
 
     def _noise(self, like: Tensor) -> Tensor:
         noise: Tensor = keyed_normal(like, self.read_key, self.accesses)
@@ -138,7 +152,9 @@ class Columns(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _derive(self) -> None:
-        self._mean, self._variance = self._moments()
+        mean, variance = self._moments()
+        self._mean = mean[0] if len(mean) == 1 else mean[0] - mean[1]
+        self._variance = None if variance is None else variance.sum(0)
 
     def _moments(self, *, fresh: bool = False) -> tuple[Tensor, Tensor | None]:
         """Mean of a read of every device, and its variance; None where reads are exact."""
@@ -180,8 +196,12 @@ class Columns(nn.Module):
         # It takes the size of what was kept.
         for name, own in self._buffers.items():
             given = state.get(prefix + name)
-            if own is not None and given is not None and given.shape != own.shape:
-                setattr(self, name, own.new_empty(given.shape))
+            if own is None or given is None or name not in self._growing():
+                continue
+            axis = _axis(own)
+            size = list(own.shape)
+            size[axis : axis + 1] = given.shape[axis : axis + 1]
+            setattr(self, name, own.new_empty(size))
         super()._load_from_state_dict(state, prefix, *args)
         self._derive()
 

@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from evenkeel.errors import ConfigError
+
 
 class HDController(nn.Module):
     """Four convolutions without padding, and one linear layer without an activation.
@@ -39,6 +41,9 @@ class HDController(nn.Module):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
+        for name, number in (("dim", dim), ("channels", channels), ("in_channels", in_channels)):
+            if number < 1:
+                raise ConfigError(f"{name} must be 1 or more; got {number!r}.")
         super().__init__()
         where = {"device": device, "dtype": dtype}
         self.features = nn.Sequential(

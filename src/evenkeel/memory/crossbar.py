@@ -26,7 +26,7 @@ class CrossbarMemory(KeyValueMemory):
     | binary | one | $G_i = a_i\,G_{\max}$ | $\sum_i q_i G_i$ |
     | complement | one, for a and one for 1 - a | $G_i = a_i\,G_{\max}$ | $\sum_i q_i G_i$ |
     | bipolar | a pair | $G^\pm_i = \max(\pm x_i, 0)\,G_{\max}$ | $\sum_i q_i (G^+_i - G^-_i)$ |
-    | real | a pair | as a layer's weights, for keys of length 1 | as bipolar |
+    | real | a pair | as bipolar, with $x$ in units of its largest component | as bipolar |
 
     Each write programs new columns, with noise of its own that is frozen from then on; what was
     written later is younger. A query is one access, with read noise of its own through its effect
@@ -128,12 +128,14 @@ class CrossbarMemory(KeyValueMemory):
 
     def _become(self, classes: list[Hashable], kept: Tensor, keys: Tensor, owners: Tensor) -> None:
         before = self.classes, self.keys, self.owners
+        columns = dict(self.columns._buffers)
         rows = self.rows()[0] if self.prototypes else self.keys
-        super()._become(classes, kept, keys, owners)
+        super()._become(classes, kept, keys.detach(), owners)
         try:
             self._program(before[0], rows, kept)
         except BaseException:
             self.classes, self.keys, self.owners = before
+            self.columns._buffers.update(columns)
             raise
 
     def _program(self, classes: list[Hashable], rows: Tensor, kept: Tensor) -> None:
@@ -159,13 +161,16 @@ class CrossbarMemory(KeyValueMemory):
         """Target conductances of keys (n, width), and what a µS stands for in each (n,)."""
         device = self.columns.device
         if self.code == "real":
-            unit_rows = F.normalize(rows, dim=-1) if self.measure == "cosine" else rows
-            target, unit = device.convert(unit_rows)
-            return target, unit.expand(len(rows), 1).flatten()
-        signs = (rows, -rows) if self.paired else (rows,)
+            rows = F.normalize(rows, dim=-1) if self.measure == "cosine" else rows
+        # A real column is scaled by its own largest, whatever it is written together with.
+        largest = rows.abs().amax(-1) if self.code == "real" else rows.new_ones(len(rows))
+        share = rows / torch.where(largest > 0, largest, 1).unsqueeze(1)
+        signs = (share, -share) if self.paired else (share,)
         target = torch.stack([sign.clamp_min(0) for sign in signs]) * device.g_max
-        length = rows.norm(dim=-1) if self.measure == "cosine" else torch.ones(len(rows))
-        return target, 1 / (device.g_max * length.to(rows).clamp_min(1))
+        unit = largest / device.g_max
+        if self.code == "binary" and self.measure == "cosine":
+            unit = unit / rows.norm(dim=-1).clamp_min(1)
+        return target, unit
 
     def extra_repr(self) -> str:
         """What it was made with, what it holds, and the converter."""

@@ -64,7 +64,8 @@ class EpisodeSampler:
         episodes: int = 1000,
         seed: int = 0,
     ) -> None:
-        for name, number in (("ways", ways), ("shots", shots), ("queries", queries)):
+        numbers = {"ways": ways, "shots": shots, "queries": queries, "episodes": episodes}
+        for name, number in numbers.items():
             if number < 1:
                 raise ConfigError(f"{name} must be 1 or more; got {number!r}.")
         given = labels.tolist() if isinstance(labels, Tensor) else list(labels)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.errors import ConfigError, ShapeError, nearest
+from evenkeel.layers import lasting_tensors
 from evenkeel.memory.attention import STIFFNESS, attention, nearest_support, summed
 from evenkeel.memory.codes import Code, Measure, encode, measure_of, similarity
 
@@ -157,15 +158,18 @@ class KeyValueMemory(nn.Module):
     def replace(self, label: Hashable, keys: Tensor) -> None:
         """Put other supports in the place of a class's."""
         gone = self._class_of(label)
+        if not len(keys):
+            raise ConfigError(f"Nothing to put in the place of {label!r}; use forget to remove it.")
         keys, _ = self._checked(keys, [label] * len(keys))
         self._become(self.classes, self.owners != gone, keys, torch.full((len(keys),), gone))
 
     def _become(self, classes: list[Hashable], kept: Tensor, keys: Tensor, owners: Tensor) -> None:
         """Keep some supports and add others: the one place where what is held changes."""
         number = {label: i for i, label in enumerate(classes)}
-        moved = self.owners.new_tensor([number.get(label, -1) for label in self.classes])
-        self.keys = torch.cat([self.keys[kept], encode(keys, self.code).to(self.keys)])
-        self.owners = torch.cat([moved[self.owners[kept]], owners.to(self.owners)])
+        with lasting_tensors():
+            moved = self.owners.new_tensor([number.get(label, -1) for label in self.classes])
+            self.keys = torch.cat([self.keys[kept], encode(keys, self.code).to(self.keys)])
+            self.owners = torch.cat([moved[self.owners[kept]], owners.to(self.owners)])
         self.classes = classes
         self._index = None
 
@@ -243,7 +247,7 @@ class KeyValueMemory(nn.Module):
         memory = CrossbarMemory(
             self.dim, device, seed=seed, converter=converter, **self.options()
         ).to(self.keys.device)
-        if len(self):
+        if self.classes:
             keys = self.keys[:, : self.dim]
             memory._become([*self.classes], memory.owners >= 0, keys, self.owners)
         return memory
@@ -281,7 +285,8 @@ class KeyValueMemory(nn.Module):
         # It takes the size of what was kept.
         for name in ("keys", "owners"):
             if (given := state.get(prefix + name)) is not None:
-                setattr(self, name, getattr(self, name).new_empty(given.shape))
+                own = getattr(self, name)
+                setattr(self, name, own.new_empty((len(given), *own.shape[1:])))
         super()._load_from_state_dict(state, prefix, *args)
         self._index = None
 
@@ -319,8 +324,9 @@ class KeyValueMemory(nn.Module):
                 f"The memory needs {what} of {self.dim} dimensions, on the last axis; got shape "
                 f"{tuple(x.shape)}."
             )
-        if not torch.compiler.is_compiling() and not bool(torch.isfinite(x).all()):
-            bad = (~torch.isfinite(x)).flatten(0, -2).any(-1).nonzero().flatten().tolist()
+        kept = x.detach().to(self.keys.dtype)  # which may have no room for what x has
+        if not torch.compiler.is_compiling() and not bool(torch.isfinite(kept).all()):
+            bad = (~torch.isfinite(kept)).flatten(0, -2).any(-1).nonzero().flatten().tolist()
             raise ShapeError(
                 f"The memory needs {what} that are finite; got NaN or infinity in "
                 f"{len(bad)} of {math.prod(x.shape[:-1])}, the first at {bad[:3]}. Look at the "

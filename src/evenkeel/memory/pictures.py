@@ -13,7 +13,13 @@ SIDE, GAP, BAR = 56, 10, 44
 
 
 def episode_picture(
-    supports: Tensor, owners: Tensor, queries: Tensor, labels: Tensor, reading: Reading
+    supports: Tensor,
+    owners: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    reading: Reading,
+    *,
+    ink: bool,
 ) -> str:
     """SVG of an episode: supports on top; for each query, the attention that each support gets.
 
@@ -21,11 +27,12 @@ def episode_picture(
     class are green where the memory recalls it, orange where it recalls another.
 
     Args:
-        supports: images (n, C, H, W) in [0, 1], ink 1.
+        supports: images (n, C, H, W) in [0, 1].
         owners: their classes (n,), in order.
         queries: images (q, C, H, W).
         labels: their classes (q,).
         reading: of the queries' vectors.
+        ink: 1 is ink, and is drawn dark.
     """
     width = (1 + len(supports)) * (SIDE + GAP) + GAP
     height = (1 + len(queries)) * (SIDE + GAP) + GAP
@@ -35,6 +42,8 @@ def episode_picture(
         f'aria-label="Attention of {len(queries)} queries to {len(supports)} supports">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
     ]
+    if ink:
+        supports, queries = 1 - supports, 1 - queries
     parts += [_image(image, k + 1, 0) for k, image in enumerate(supports)]
     for row, (query, label) in enumerate(zip(queries, labels.tolist(), strict=True), start=1):
         weights = reading.attention[row - 1]
@@ -52,7 +61,7 @@ def _image(image: Tensor, column: int, row: int) -> str:
     from PIL import Image
 
     file = io.BytesIO()
-    pixels = (255 * (1 - image.clamp(0, 1))).round().to(torch.uint8)
+    pixels = (255 * image.clamp(0, 1)).round().to(torch.uint8)
     grey = pixels if len(pixels) == 3 else pixels[:1].expand(3, -1, -1)
     Image.fromarray(grey.permute(1, 2, 0).numpy()).save(file, "PNG")
     x, y = (GAP + k * (SIDE + GAP) for k in (column, row))

@@ -22,23 +22,26 @@ class Accuracy:
 
     Attributes:
         mean: the accuracy.
-        half_width: of the 95 % interval of the mean, by the normal law over episodes.
+        half_width: of the 95 % interval of the mean, by the normal law over episodes; None of one.
         episodes: how many.
     """
 
     mean: float
-    half_width: float
+    half_width: float | None
     episodes: int
 
     @classmethod
     def of(cls, shares: Tensor) -> "Accuracy":
         """From the share of right answers of each episode."""
         percent = 100 * shares.double()
-        spread = float(percent.std()) if len(percent) > 1 else math.nan
-        return cls(float(percent.mean()), 1.96 * spread / math.sqrt(len(percent)), len(percent))
+        half_width = None
+        if len(percent) > 1:
+            half_width = 1.96 * float(percent.std()) / math.sqrt(len(percent))
+        return cls(float(percent.mean()), half_width, len(percent))
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f} ± {self.half_width:.2f}"
+        interval = "" if self.half_width is None else f" ± {self.half_width:.2f}"
+        return f"{self.mean:.2f}{interval}"
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Random crops and mirror images, for a whole batch at once."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,11 +29,12 @@ def crop_and_flip(x: Tensor) -> Tensor:
 DEGREES, STRETCH, SHEAR, SHIFT = 15.0, 0.15, 0.15, 0.06
 
 
-def drawn_anew(x: Tensor) -> Tensor:
+def drawn_anew(x: Tensor, *, beyond: Literal["zeros", "border"] = "zeros") -> Tensor:
     """Drawings (N, C, H, W) as another hand may draw them: each turned, stretched, slanted, moved.
 
-    By up to 15 degrees, 15 %, 15 % and 6 % of the size; zeros move in, so ink must be above paper.
-    Draws from torch's global generator, as dropout does.
+    By up to 15 degrees, about 15 %, 15 % and 6 % of the size. What moves in from ``beyond`` the
+    image is zeros, the paper of images whose ink is 1, or what is at the border. Draws from torch's
+    global generator, as dropout does.
     """
     turn, slant, *stretch_and_shift = (2 * torch.rand(6, len(x)) - 1).unbind()
     angle = turn * math.radians(DEGREES)
@@ -41,5 +43,6 @@ def drawn_anew(x: Tensor) -> Tensor:
     # An image's coordinates run from -1 to 1, so a share of the size is twice as much.
     right, down = (2 * SHIFT * v for v in stretch_and_shift[2:])
     rows = [cos * wide, -sin + SHEAR * slant, right, sin, cos * high, down]
-    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, align_corners=False)
+    maps = torch.stack(rows, 1).view(-1, 2, 3).to(x)
+    grid = F.affine_grid(maps, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode=beyond, align_corners=False)

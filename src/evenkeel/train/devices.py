@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from evenkeel.errors import MissingExtraError
+from evenkeel.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -18,6 +18,12 @@ def launched(precision: str, *, who: str, **where: Any) -> "Fabric":
         from lightning_fabric import Fabric
     except ImportError as error:
         raise MissingExtraError(who, "train") from error
-    fabric = Fabric(precision=precision, **where)  # type: ignore[arg-type]
+    try:
+        fabric = Fabric(precision=precision, **where)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(
+            f"precision must be one that lightning-fabric knows, such as 32-true or bf16-mixed; "
+            f"got {precision!r}."
+        ) from error
     fabric.launch()
     return fabric

@@ -1,5 +1,6 @@
 """Training by few-shot episodes, resumable after a kill."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from evenkeel.errors import ConfigError
 from evenkeel.train import checkpoint as checkpoints
 from evenkeel.train.loop import one_cycle
 
@@ -73,7 +75,8 @@ def fit_episodes(
         learning_rate: peak of the cycle.
         augment: changes a batch of images.
         support_gradients: whether gradients also flow through the supports; by default these are
-            embedded in eval mode and without, at half the cost of a query.
+            embedded in eval mode and without, at half the cost of a query. An encoder whose two
+            modes differ, as by batch norm, should have them.
         seed: of the initialisation and the augmentation.
         validate: from the network in eval mode to a figure; higher is better.
         every: episodes from one validation to the next; the last is followed by one too.
@@ -88,13 +91,27 @@ def fit_episodes(
     Returns:
         The network as it was at its best validation, in eval mode.
     """
+    if every < 1 or learning_rate <= 0:
+        raise ConfigError(
+            f"every must be 1 or more and learning_rate above 0; got {every!r} and "
+            f"{learning_rate!r}."
+        )
+    identity = {
+        **(identity or {}),
+        "samples": len(images),
+        "steps": len(episodes),
+        "peak": learning_rate,
+        "seed": seed,
+        "validated_every": every,
+        "gradients_of_supports": support_gradients,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = make_encoder()
         optimizer = torch.optim.Adam(encoder.parameters(), lr=learning_rate)
         schedule = one_cycle(optimizer, len(episodes))
         parts: dict[str, Any] = {"model": encoder, "optimizer": optimizer, "schedule": schedule}
-        state = checkpoints.restore(checkpoint, dict(identity or {})) if checkpoint else None
+        state = checkpoints.restore(checkpoint, identity) if checkpoint else None
         history: list[dict[str, Any]] = state["history"] if state else []
         best: dict[str, Tensor] = state["best"] if state else {}
         for name, part in parts.items():
@@ -116,7 +133,8 @@ def fit_episodes(
             if (number + 1) % every and number + 1 < len(episodes):
                 continue
             figure = validate(encoder.eval())
-            if figure >= max((f["validation"] for f in history), default=figure):
+            before = [f["validation"] for f in history if math.isfinite(f["validation"])]
+            if not best or (math.isfinite(figure) and figure >= max(before, default=figure)):
                 best = {k: v.detach().cpu().clone() for k, v in encoder.state_dict().items()}
             history.append(
                 {
@@ -130,7 +148,7 @@ def fit_episodes(
             if checkpoint is not None:
                 kept = {name: part.state_dict() for name, part in parts.items()}
                 kept |= {"history": history, "best": best}
-                checkpoints.store(checkpoint, dict(identity or {}), kept)
+                checkpoints.store(checkpoint, identity, kept)
             on_validation(history[-1])
     encoder.load_state_dict(best)
     return encoder.eval()
