@@ -53,7 +53,7 @@ def test_every_room_has_its_rule():
 
 
 HEAVY = ["altair", "vl_convert", "scipy", "cyclopts", "rich", "jinja2", "sklearn", "loky", "PIL",
-         "xarray", "lightning_fabric", "torchvision", "dask", "pandas"]  # fmt: skip
+         "xarray", "lightning_fabric", "torchvision", "dask", "pandas", "faiss"]  # fmt: skip
 
 
 def test_an_import_is_cheap_and_silent():

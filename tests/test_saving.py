@@ -427,3 +427,53 @@ def test_a_network_that_the_file_does_not_fit_is_left_as_it_was(network, tmp_pat
         ek.load(tmp_path / "net.safetensors", model=other)
     assert repr(other) == before[0]
     assert all(torch.equal(v, before[1][k]) for k, v in other.state_dict().items())
+
+
+@pytest.mark.parametrize("prototypes", [False, True])
+@pytest.mark.parametrize("on_crossbar", [False, True])
+@pytest.mark.parametrize("code", ["real", "bipolar", "binary", "complement"])
+def test_a_memory_is_read_back_and_goes_on(code, on_crossbar, prototypes, tmp_path):
+    memory = ek.memory.KeyValueMemory(64, code=code, read_out="nearest", prototypes=prototypes)
+    memory.write(torch.randn(6, 64), ["a", "b", 3, "a", None, 2.5])
+    if on_crossbar:
+        device = ek.analog.Device(ek.analog.PCM(), ek.analog.StuckAt(0.01))
+        memory = memory.program(device, seed=3, converter=ek.analog.Converter(8)).age_(100)
+    ek.save(memory, tmp_path / "memory.safetensors")
+    other, queries = ek.load(tmp_path / "memory.safetensors"), torch.randn(5, 64)
+    assert type(other) is type(memory)
+    for _ in range(2):  # after a further write, too
+        one, two = memory.read(queries), other.read(queries)
+        assert torch.equal(one.scores, two.scores)
+        assert one.classes == two.classes
+        further = torch.randn(2, 64)
+        memory.write(further, ["new", "a"])
+        other.write(further, ["new", "a"])
+
+
+def test_labels_that_json_has_no_word_for_are_refused(tmp_path):
+    memory = ek.memory.KeyValueMemory(8)
+    memory.write(torch.randn(1, 8), [("Greek", 3)])
+    with pytest.raises(ConfigError, match=r"Labels must be text, .* got \('Greek', 3\)"):
+        ek.save(memory, tmp_path / "memory.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_memory_on_a_device_of_ones_own_needs_it_to_be_read(tmp_path):
+    class Own(ek.analog.Spread):
+        pass
+
+    memory = ek.memory.KeyValueMemory(8, code="bipolar")
+    memory.write(torch.randn(2, 8), "ab")
+    path = tmp_path / "memory.safetensors"
+    ek.save(memory.program(Own(0.1), seed=0), path)
+    with pytest.raises(ConfigError, match="is not evenkeel's own"):
+        ek.load(path)
+    assert len(ek.load(path, device=Own(0.1))) == 2
+    with pytest.raises(ConfigError, match="Pass the same"):
+        ek.load(path, device=Own(0.2))
+
+
+def test_a_network_with_a_memory_inside_is_refused(tmp_path):
+    network = torch.nn.Sequential(torch.nn.Linear(2, 8), ek.memory.KeyValueMemory(8))
+    with pytest.raises(ConfigError, match="A memory inside of a network is saved by itself"):
+        ek.save(network, tmp_path / "network.safetensors")

@@ -863,3 +863,41 @@ def test_a_prediction_of_what_the_weights_change(desk):
     after = dict(running_normalizers(chip.model))
     for path, var in before.items():  # of a layer alone, 0.8 of the weights is 0.64 of the variance
         torch.testing.assert_close(after[path].running_var / var, torch.full_like(var, 0.64))
+
+
+def test_the_memory_is_measured_on_a_crossbar(desk, tmp_path):
+    study = import_from(STUDIES["hd_memory"])
+    frame.run(study, "smoke", desk, tmp_path / "out", command="it")
+    folder = tmp_path / "out" / "hd_memory" / "smoke"
+    software, crossbar, spread, continual = (
+        json.loads((folder / f"{part}.json").read_text())["figures"]
+        for part in ("software", "crossbar", "spread", "continual")
+    )
+
+    def of(rows, **which):
+        return [row for row in rows if all(row[key] == value for key, value in which.items())]
+
+    summed = software["sum"]
+    for task in ("3-way 1-shot", "5-way 2-shot"):  # the same signs, so the same answers
+        bipolar, complement = (of(summed, task=task, code=c) for c in ("bipolar", "complement"))
+        assert bipolar[0]["accuracy"] == complement[0]["accuracy"]
+    assert {row["age_s"] for row in crossbar["compensated"]} == {0, 3600, 86_400}
+    fresh = [
+        of(rows, code="binary", age_s=0) for rows in (crossbar["as_read"], crossbar["compensated"])
+    ]
+    assert fresh[0] == fresh[1]
+    assert (
+        spread["softmax"][0]["accuracy"]
+        == of(spread["softmax"], code="real", device=None)[0]["accuracy"]
+    )
+    assert [run["device"] for run in continual["runs"]] == [None, None, "pcm"]
+    assert all(run["rows"][0]["all"] == 100 for run in continual["runs"])
+    text = (folder / "tables.md").read_text()
+    assert all(f"## {part}" in text for part in ("software", "crossbar", "spread", "continual"))
+    assert {p.name for p in folder.glob("*.svg")} == {"spread.svg", "continual.svg"}
+
+
+def test_trained_controllers_are_asked_for_by_name(desk, tmp_path):
+    study = import_from(STUDIES["hd_memory"])
+    with pytest.raises(ConfigError, match=r"controller\.safetensors.*evenkeel fewshot train"):
+        frame.run(study, "full", desk, tmp_path / "out", command="it", only=("crossbar",))

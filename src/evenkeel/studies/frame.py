@@ -265,8 +265,9 @@ def load_network(path: Path) -> nn.Module:
 def _required(path: Path) -> Path:
     if not path.exists():
         raise ConfigError(
-            f"The study needs the trained network {path}. It lies in the project's repository "
-            f"under results/; or train it: evenkeel train RECIPE --out {path}."
+            f"The study needs the trained network {path}. Look for it in the project's repository "
+            f"under results/; or train it: evenkeel train RECIPE, or evenkeel fewshot train, --out "
+            f"{path}."
         )
     return path
 
