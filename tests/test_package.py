@@ -16,7 +16,7 @@ SURFACE = Path(__file__).with_name("api_surface.json")
 
 GROUND = {"errors", "files", "batches", "protocols", "provenance", "draws", "layers", "moments",
           "graph"}  # fmt: skip
-METHODS = {"analog", "balance", "calibrate", "norm"}
+METHODS = {"analog", "balance", "calibrate", "norm", "quaternion"}
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     **{method: GROUND | {method} for method in METHODS},
@@ -71,7 +71,8 @@ def test_an_import_is_cheap_and_silent():
 def surface() -> dict[str, list[str]]:
     """Public names of each public module."""
     rooms = ("", ".analog", ".audit", ".balance", ".calibrate", ".data", ".graph", ".layers",
-             ".memory", ".models", ".norm", ".protocols", ".studies", ".testing")  # fmt: skip
+             ".memory", ".models", ".norm", ".protocols", ".quaternion", ".studies",
+             ".testing")  # fmt: skip
     modules = {f"evenkeel{room}": importlib.import_module(f"evenkeel{room}") for room in rooms}
     return {
         name: sorted(

@@ -17,9 +17,10 @@ from evenkeel.saving import save as save
 
 if TYPE_CHECKING:
     from evenkeel import memory as memory
+    from evenkeel import quaternion as quaternion
 
 
 def __getattr__(name: str) -> Any:
-    if name == "memory":  # an audit does without it
-        return importlib.import_module("evenkeel.memory")
+    if name in ("memory", "quaternion"):  # an audit does without them
+        return importlib.import_module(f"evenkeel.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

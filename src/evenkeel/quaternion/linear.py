@@ -1,0 +1,83 @@
+"""The quaternion linear layer."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from evenkeel.errors import ShapeError
+from evenkeel.quaternion.init import Init, Scale
+from evenkeel.quaternion.layer import Algorithm, QuaternionLayer, require_quaternions
+from evenkeel.quaternion.product import gathered, spread
+
+FAST_FROM = 2048
+"""Features, of the smaller side, from which on eight products are the faster."""
+
+
+class QuaternionLinear(QuaternionLayer):
+    r"""$y_o = \sum_i w_{oi} \otimes x_i + b_o$, a quarter of the parameters of ``nn.Linear``.
+
+    Args:
+        in_features: real numbers, a multiple of 4, as [all r | all i | all j | all k].
+        out_features: likewise.
+        bias: whether there is one; a real number for each output.
+        algorithm: see :class:`evenkeel.quaternion.QuaternionLayer`.
+        init: see :func:`evenkeel.quaternion.quaternion_init_`; with He's scale.
+        device: of parameters.
+        dtype: of parameters.
+
+    Shape:
+        (..., in_features) -> (..., out_features).
+
+    Raises:
+        ShapeError: features that are no multiple of 4, or an input of others.
+
+    Examples:
+        >>> import torch
+        >>> layer = QuaternionLinear(8, 16)
+        >>> layer(torch.randn(2, 5, 8)).shape, sum(p.numel() for p in layer.parameters())
+        (torch.Size([2, 5, 16]), 48)
+    """
+
+    scale: Scale = "he"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        algorithm: Algorithm = "auto",
+        init: Init = "isotropic",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        require_quaternions(in_features=in_features, out_features=out_features)
+        shape = (out_features // 4, in_features // 4)
+        super().__init__(shape, out_features if bias else None, algorithm, init, device, dtype)
+        self.in_features, self.out_features = in_features, out_features
+
+    def fast_is_faster(self) -> bool:
+        """For large matrices."""
+        return min(self.in_features, self.out_features) >= FAST_FROM
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The products, by one form or the other."""
+        if not x.dim() or x.shape[-1] != self.in_features:
+            raise ShapeError(
+                f"The layer needs {self.in_features} features on the last axis; got shape "
+                f"{tuple(x.shape)}."
+            )
+        if not self.is_fast():
+            return F.linear(x, self.kernel(fast=False), self.bias)
+        rows = x.reshape(-1, 4, self.in_features // 4)
+        products = spread(rows).transpose(0, 1) @ self.kernel(fast=True).to(x.dtype).mT
+        y = gathered(products.transpose(0, 1)).reshape(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        """Sizes and options."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, algorithm={self.algorithm!r}"
+        )

@@ -1,0 +1,65 @@
+r"""A layer's Hamilton products as one real matrix, or as eight real products instead of sixteen.
+
+The real matrix of $x \mapsto w \otimes x$ has each of the four real numbers of w four times, with
+signs. With the real part of the product negated it is $K - 2S$: K has the same pattern without
+signs, and S one entry in each row. $K = \tfrac14 H^T \mathrm{diag}(Hw) H$ with Hadamard's H of size
+4, in which all such patterns are diagonal. So four products of sums and four of single components
+give all sixteen; as none of it changes the order of factors, the products may be convolutions.
+
+Howell and Lafon, "The complexity of the quaternion product", 1975 (eight are also necessary);
+Cariow and Cariowa, "Fast algorithms for quaternion-valued convolutional neural networks", IEEE
+Transactions on Neural Networks and Learning Systems 32, 2021.
+"""
+
+import torch
+from torch import Tensor
+
+_PART = ((0, 1, 2, 3), (1, 0, 3, 2), (2, 3, 0, 1), (3, 2, 1, 0))
+_SIGN = ((1, -1, -1, -1), (1, 1, -1, 1), (1, 1, 1, -1), (1, -1, 1, 1))
+
+
+def assembled(weight: Tensor) -> Tensor:
+    """The real weight (4 O, 4 I, ...) of quaternions (4, O, I, ...)."""
+    rows = [
+        torch.cat(
+            [weight[p] if s > 0 else -weight[p] for p, s in zip(parts, signs, strict=True)], 1
+        )
+        for parts, signs in zip(_PART, _SIGN, strict=True)
+    ]
+    return torch.cat(rows)
+
+
+def taken_apart(matrix: Tensor) -> Tensor:
+    """The quaternions (4, O, I, ...) that are nearest to a real weight (4 O, 4 I, ...)."""
+    rows, columns = matrix.shape[:2]
+    blocks = matrix.view(4, rows // 4, 4, columns // 4, *matrix.shape[2:]).transpose(1, 2)
+    found = [
+        sum(_SIGN[r][c] * blocks[r, c] for r in range(4) for c in range(4) if _PART[r][c] == p) / 4
+        for p in range(4)
+    ]
+    return torch.stack(found)  # type: ignore[arg-type]
+
+
+def eight(weight: Tensor) -> Tensor:
+    """What the eight products have on the side of the weights: (4, ...) -> (8, ...)."""
+    a, b, c, d = weight
+    s, t, u, v = a + b, c + d, a - b, c - d
+    quarters = [(s + t) / 4, (u + v) / 4, (s - t) / 4, (u - v) / 4]
+    return torch.stack([*quarters, 2 * a, -2 * c, -2 * d, -2 * b])
+
+
+def spread(x: Tensor) -> Tensor:
+    """What they have on the side of the inputs: (N, 4, ...) -> (N, 8, ...)."""
+    pairs = x.unflatten(1, (2, 2))
+    plus, minus = pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]
+    (s, t), (u, v) = plus.unbind(1), minus.unbind(1)
+    return torch.cat([torch.stack([s + t, u + v, s - t, u - v], 1), x], 1)
+
+
+def gathered(y: Tensor) -> Tensor:
+    """From the eight products to the quaternions: (N, 8, ...) -> (N, 4, ...)."""
+    pairs = y[:, :4].unflatten(1, (2, 2))
+    plus, minus = pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]
+    (s, t), (u, v) = plus.unbind(1), minus.unbind(1)
+    r, k, i, j = y[:, 4:].unbind(1)
+    return torch.stack([r - (s + t), i + (u + v), j + (s - t), k + (u - v)], 1)
