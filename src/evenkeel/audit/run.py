@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import torch
 from torch import nn
 
@@ -124,6 +123,8 @@ def run(
         return results
     with tempfile.TemporaryDirectory(prefix="evenkeel-") as folder:
         path = Path(folder) / "workload.pickle"
+        import cloudpickle  # only an audit on several processes needs it
+
         path.write_bytes(cloudpickle.dumps((_compact(work), registered_kinds())))
         pool = executor or local_processes(workers, work.plan.model)
         _gather(pool, str(path), pending, keep)
@@ -212,6 +213,8 @@ def _in_worker(path: str, trial: Trial) -> dict[str, Any]:
 @functools.lru_cache(maxsize=1)
 def _load(path: str) -> Workload:
     work: Workload
+    import cloudpickle
+
     work, kinds = cloudpickle.loads(Path(path).read_bytes())  # written by run() for this audit
     for kind, weights in kinds.items():  # the user's own kinds of layers
         register_weight_layer(kind, weights)

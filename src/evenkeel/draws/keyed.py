@@ -44,7 +44,7 @@ class Draws:
     seed: int
     name: str
 
-    def generator(self, component: str) -> np.random.Generator:
+    def generator(self, component: str) -> "np.random.Generator":  # not imported before it is used
         """The numpy generator at the start of a component's stream."""
         entropy = digest(self.seed, self.name, component)
         return np.random.Generator(np.random.SFC64(np.random.SeedSequence(entropy)))
