@@ -68,7 +68,7 @@ $(VENV)/.ready: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready
-	$(PIP) -c constraints.txt -e ".[demo,memory,results,train]" --group test
+	$(PIP) -c constraints.txt -e ".[demo,memory,results,tasks,train]" --group test
 	touch $@
 
 $(VENV)/.ready-docs: $(VENV)/.ready-test

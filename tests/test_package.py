@@ -21,7 +21,7 @@ MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     **{method: GROUND | {method} for method in METHODS},
     "memory": GROUND | {"memory", "analog"},  # on the devices that layers are on
-    "models": GROUND | {"models", "norm", "memory"},
+    "models": GROUND | {"models", "norm", "memory", "quaternion"},
     "data": GROUND | {"data"},
     "train": GROUND | {"train"},
     "audit": GROUND | {"audit", "data", "models"},  # protocols only: no method's room

@@ -20,7 +20,7 @@ def check(name: str, /, *, data_root: Path | None = None) -> None:
     Parameters
     ----------
     name
-        cifar10, mnist or omniglot.
+        cifar10, mnist, omniglot or kodak.
     data_root
         Where data sets lie; default $EVENKEEL_DATA.
     """
@@ -42,7 +42,7 @@ def fetch(name: str, /, *, data_root: Path | None = None, mirror: str | None = N
     Parameters
     ----------
     name
-        cifar10, mnist or omniglot.
+        cifar10, mnist, omniglot or kodak.
     data_root
         Where data sets lie; default $EVENKEEL_DATA.
     mirror

@@ -35,7 +35,7 @@ def study(
     Parameters
     ----------
     name
-        Of the study: noise_aware, batch_channel, equi_norm, kalman or hd_memory.
+        Of the study: noise_aware, batch_channel, equi_norm, kalman, hd_memory or quaternion.
     scale
         smoke: minutes, on scikit-learn's digits. small: a sketch on the study's data. full: the
         figures that are published; hours.

@@ -54,6 +54,9 @@ def fetch(
         source = f"{mirror.rstrip('/')}/{archive}" if mirror else url
         path = _download(source, folder / f".{archive}.part", archive, progress)
         try:
+            if archive in chosen.files:
+                _put_in_place(path, folder / archive, chosen.files[archive], source)
+                continue
             if archive.endswith(".zip"):
                 _unfold(path, folder / wanted[0], chosen.files[wanted[0]], source)
                 continue
@@ -69,6 +72,8 @@ def fetch(
 def _wanted(archive: str, files: object) -> list[str]:
     """The set's files that an archive holds."""
     names = list(files)  # type: ignore[call-overload]
+    if archive in names:
+        return [archive]
     return names if archive.endswith(".tar.gz") else [Path(archive).stem]
 
 
@@ -77,6 +82,17 @@ def _not_the_published(file: str, source: str) -> ConfigError:
         f"{file} from {source} has another checksum than the published set; it was not kept. Try "
         f"again, or another mirror."
     )
+
+
+def _put_in_place(path: Path, file: Path, wanted: str, source: str) -> None:
+    """Move an image there when it is the right one."""
+    image = path.rename(path.with_suffix(file.suffix))
+    try:
+        if file_state(image, wanted) != "ok":
+            raise _not_the_published(file.name, source)
+        write_atomically(file, image.read_bytes())
+    finally:
+        image.rename(path)
 
 
 def _unfold(path: Path, folder: Path, wanted: str, source: str) -> None:

@@ -96,7 +96,7 @@ def stacked(
     """Images (N, C, H, W) in [0, 1], which must have one shape; resized where a size is given."""
     pixels: list[Tensor] = []
     for done, path in enumerate(paths, start=1):
-        image = torch.from_numpy(_pixels(path))
+        image = torch.from_numpy(pixels_of(path))
         if size is not None:
             image = F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)[0]
             image.clamp_(0, 1)  # the filter's weights sum to a little more than 1
@@ -110,21 +110,21 @@ def stacked(
     return torch.stack(pixels)
 
 
-def pictures_digest(root: Path) -> str:
-    """A hash of all images below a folder: of their pixels and of the folders' names, in order.
+def pictures_digest(path: Path) -> str:
+    """A hash of an image's pixels; of a folder, of all below it, with the folders' names, in order.
 
-    How files are named or packed does not matter.
+    How files are packed does not matter, and of a folder their names only by their order.
     """
     hasher = hashlib.sha256()
-    for folder in image_folders(root):
-        for file in image_files(folder):
-            pixels = (255 * _pixels(file)).round().astype(np.uint8)
-            hasher.update(f"{folder.relative_to(root).as_posix()}{pixels.shape}".encode())
-            hasher.update(pixels.tobytes())
+    files = [(file, folder) for folder in image_folders(path) for file in image_files(folder)]
+    for file, folder in files or [(path, path)]:
+        pixels = (255 * pixels_of(file)).round().astype(np.uint8)
+        hasher.update(f"{folder.relative_to(path).as_posix()}{pixels.shape}".encode())
+        hasher.update(pixels.tobytes())
     return hasher.hexdigest()
 
 
-def _pixels(path: Path) -> np.ndarray:
+def pixels_of(path: Path) -> np.ndarray:
     """(C, H, W) in [0, 1]: one channel for grey, three for the rest."""
     from PIL import Image, UnidentifiedImageError
 

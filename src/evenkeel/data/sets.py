@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evenkeel.data.cifar10 import cifar10, cifar10_train
 from evenkeel.data.dataset import Data
-from evenkeel.data.folder import pictures_digest
+from evenkeel.data.folder import SUFFIXES, pictures_digest
 from evenkeel.data.mnist import mnist, mnist_train
 from evenkeel.errors import ConfigError, nearest
 
@@ -23,9 +23,9 @@ class StandardSet:
 
     Attributes:
         folder: below the data root.
-        files: sha256 of each file; of a folder of images, that of its pictures.
+        files: sha256 of each file; of an image or a folder of images, that of its pixels.
         urls: archives that hold the files: a tar.gz of the folder, a .gz of one file, or a .zip of
-            a folder of images.
+            a folder of images; or images themselves.
         notice: source and licence, in a sentence.
         read: what an audit needs, from the folder; None where it has no classes that stay.
         read_train: all training inputs and labels, from the folder.
@@ -102,6 +102,38 @@ SETS: Mapping[str, StandardSet] = {
         notice="Omniglot, Lake et al., 'Human-level concept learning through probabilistic program "
         "induction', Science 350, 2015; MIT licence.",
     ),
+    "kodak": StandardSet(
+        folder="kodak",
+        files={
+            "kodim01.png": "206f5a41f77fbdda28e43cfa4b67c6c2a99a4089ac9805f8200a6981b8c22ee3",
+            "kodim02.png": "b653ce7d8a25093757bd6a0ae30d13b946cfbdc3af4b40a07ae005e892305e50",
+            "kodim03.png": "1bcaac1adcf0690e78414c011bcf3d206561c192776ce0d4531cc2c2ae436130",
+            "kodim04.png": "432a96cee0feadab4d570b29e9da43c8c17154aca63746efbaec23678ba1a9cd",
+            "kodim05.png": "974018ab208550c1cab8642653cdeef815e13a4e96f4b4d26b655e207cc1bff6",
+            "kodim06.png": "e55aa79415d1b778fb3372f7566cb34feaecbb86ff9aa675a540c1bde2deb092",
+            "kodim07.png": "63f5d984eae08ccff64171d741329a876d9f905a006e9add5d1cdb23b29ff3b8",
+            "kodim08.png": "a1dbc21d9dfa2b3fe67da6fd9be4594ddb15aa5bcaa6044cc5d0731a34e67dd4",
+            "kodim09.png": "fa53b534a288f4b8df68e289bf5cd24f8aa2f0d30c0609847124b392ec9b2798",
+            "kodim10.png": "7178332e7435ffbf9fac263c3b1437edb75285a8bf2259e6c99b446c783b07e1",
+            "kodim11.png": "64e17ee03474cbeaf0f581c1516519967c976e8494b6122b99e5ab2a6c249f07",
+            "kodim12.png": "0dae174e4d3a8ed4f2549e56c28196864beaf93efe76df41790a68da534c2410",
+            "kodim13.png": "1d2af5007e53bd0ec7e932bc23877c33702a6829b8589357c49e7da0db291bec",
+            "kodim14.png": "96c46eafdee9c4788d80c6765b5954f9edd4b2035798426b4a6864a46c6874c0",
+            "kodim15.png": "3fb3dbd8f4574652788297dea32bbcb3a02238313d477917c61552c5e396eef3",
+            "kodim16.png": "4522a0d6eba9e7d46403a690c0835197f8047697a15a6686aac5e2837febcb82",
+            "kodim17.png": "d293ea569bcc8f0399480493b84210c8ca9507d4834b6782c94b4ad6ef1263a5",
+            "kodim18.png": "6395fbf6ec15146600d6580007a3aa4eede889523076eed2c29e048155956cbe",
+            "kodim19.png": "5d5664d49fbf6fcb7e9a1c893348e9c63243c4e2093c32a1ade3d45c892e526a",
+            "kodim20.png": "018941eb15fba5a7aa1928e38c393b2cf8fc6844e9d109ad548b97771385176b",
+            "kodim21.png": "6c9f9bcea154f0cb53ca6eaf4de4a6c4d0a96852863ca58c6a8d4dc5f5ea61d5",
+            "kodim22.png": "53d5b93be9996eda30c26100e6f3f95a87c4561b59b6841130aa1560489bd0dc",
+            "kodim23.png": "23454e793d7320b1bb372277fb219b0ca203244b86dcb33f5a8665cd2b127d18",
+            "kodim24.png": "37310a4a4257810fb337fe501141c6e92dfc49ce9563eeaae45606f8b75d3046",
+        },
+        urls=tuple(f"https://r0k.us/graphics/kodak/kodak/kodim{k:02d}.png" for k in range(1, 25)),
+        notice="Kodak lossless true colour suite, released by the Eastman Kodak Company for "
+        "unrestricted usage.",
+    ),
 }
 
 
@@ -170,7 +202,8 @@ def file_state(path: Path, wanted: str) -> str:
     if not path.exists():
         return "missing"
     try:
-        found = pictures_digest(path) if path.is_dir() else sha256(path)
+        of_pixels = path.is_dir() or path.suffix in SUFFIXES
+        found = pictures_digest(path) if of_pixels else sha256(path)
     except ConfigError:  # a picture that cannot be read
         return "damaged"
     return "ok" if found == wanted else "damaged"

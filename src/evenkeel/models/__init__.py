@@ -1,5 +1,6 @@
 """Small reference networks, built by name so that a file of weights can be loaded again."""
 
+from evenkeel.models.colour import ColourAutoEncoder as ColourAutoEncoder
 from evenkeel.models.hd_controller import hd_controller as hd_controller
 from evenkeel.models.registry import architecture as architecture
 from evenkeel.models.registry import build as build

@@ -12,5 +12,6 @@ STUDIES = {
     "equi_norm": "evenkeel.studies.equi_norm.study:STUDY",
     "kalman": "evenkeel.studies.kalman.study:STUDY",
     "hd_memory": "evenkeel.studies.hd_memory.study:STUDY",
+    "quaternion": "evenkeel.studies.quaternion.study:STUDY",
 }
 """By name, where each is; a study is imported when it is asked for."""

@@ -1,0 +1,1 @@
+"""Quaternion layers: colour that was never seen."""
