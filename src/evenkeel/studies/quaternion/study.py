@@ -44,9 +44,8 @@ def parts(scale: str) -> list[Part]:
 
 def _colour(desk: Desk, settings: Facts) -> Facts:
     folder = datasets.folder_of(desk.data_name, desk.data_root)
-    kept = {
-        kind: desk.cache / f"{kind}_{settings['seed']}.safetensors" for kind in settings["kinds"]
-    }
+    seed = settings["seed"]
+    kept = {kind: desk.cache / f"{kind}_{seed}.safetensors" for kind in settings["kinds"]}
     common = {key: settings[key] for key in ("seed", "steps", "crop", "learning_rate", "picture")}
     items = [{"folder": folder, "kind": kind, "kept": kept[kind], **common} for kind in kept]
     runs = desk.each(trained, items, "training")
