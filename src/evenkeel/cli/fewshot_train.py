@@ -40,7 +40,7 @@ def train(
     queries: int = 2,
     episodes: int = 10_000,
     learning_rate: float = 1e-3,
-    support_gradients: bool = False,
+    support_gradients: bool | None = None,
     turned: bool = True,
     every: int = 500,
     channels: int = 128,
@@ -85,7 +85,8 @@ def train(
     learning_rate
         Peak of Adam's one cycle.
     support_gradients
-        Let gradients flow through the supports as well.
+        Let gradients flow through the supports as well; default as published: for prototypes, and
+        not for attention.
     turned
         Take each class turned by 90, 180 and 270 degrees for three further classes.
     every
@@ -158,7 +159,9 @@ def train(
             OBJECTIVES[objective],
             learning_rate=learning_rate,
             augment=functools.partial(drawn_anew, beyond="zeros" if samples.ink else "border"),
-            support_gradients=support_gradients,
+            support_gradients=(
+                objective == "prototypes" if support_gradients is None else support_gradients
+            ),
             seed=seed,
             validate=validate,
             every=every,
