@@ -14,7 +14,7 @@ PUBLISHED = {"5-way 1-shot": 97.44, "20-way 5-shot": 97.79, "100-way 5-shot": 93
 HEAD = """# The memory on a crossbar: figures
 
 Written by `evenkeel study hd_memory`. Percent, mean over episodes and its 95 % interval."""
-SHOWN = (1, 2, 5, 10, 20, 50, 100, 200, 400)
+SHOWN = (1, 2, 5, 10, 20, 50, 100, 200)
 
 
 def draw(done: dict[str, Facts], folder: Path) -> list[Path]:
