@@ -68,6 +68,5 @@ def rotated(q: Tensor, by: Tensor, dim: int = 1) -> Tensor:
             is the length of its i, j, k parts over its real part.
         dim: the axis of the blocks.
     """
-    turned = hamilton(hamilton(by, q, dim), conjugate(by, dim), dim)
-    square = modulus(by, dim).square()
-    return turned / torch.cat([square] * 4, dim)
+    unit = by / torch.cat([modulus(by, dim)] * 4, dim)
+    return hamilton(hamilton(unit, q, dim), conjugate(unit, dim), dim)

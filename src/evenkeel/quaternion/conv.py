@@ -54,6 +54,8 @@ class _QuaternionConvNd(QuaternionLayer):
         if isinstance(padding, str) and padding not in ("same", "valid"):
             raise ConfigError(f"padding must be a number, 'same' or 'valid'; got {padding!r}.")
         each = _ntuple(self.dims)
+        if padding == "same" and any(step != 1 for step in each(stride)):
+            raise ConfigError(f"padding='same' needs a stride of 1; got {stride!r}.")
         kernel = each(kernel_size)
         shape = self.weight_shape(in_channels // 4, out_channels // 4, groups)
         super().__init__(
@@ -253,7 +255,7 @@ class _QuaternionConvTranspose(_QuaternionConvNd):
 
 
 def _biased(y: Tensor, bias: Tensor | None) -> Tensor:
-    return y if bias is None else y + bias.view(-1, *[1] * (y.dim() - 2))
+    return y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * (y.dim() - 2))
 
 
 class QuaternionConv1d(_QuaternionConv):

@@ -1,6 +1,8 @@
 """What quaternion layers share: the weight, and the form that its products take."""
 
-from typing import Any, Literal, get_args
+import weakref
+from collections.abc import Callable
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +47,7 @@ class QuaternionLayer(nn.Module):
         self.init: Init = init
         self.weight = nn.Parameter(torch.empty(4, *shape, **where))
         self.bias = None if bias is None else nn.Parameter(torch.empty(bias, **where))
-        self._kept: tuple[Any, Tensor] | None = None
+        self._kept: tuple[weakref.ref[nn.Parameter], tuple[bool, int, int], Tensor] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -67,19 +69,43 @@ class QuaternionLayer(nn.Module):
         return eight(self.weight) if fast else assembled(self.weight)
 
     def kernel(self, fast: bool) -> Tensor:
-        """The weight as it is used; made anew only where it has changed, or gradients are asked."""
-        if (
-            torch.compiler.is_compiling()
-            or (torch.is_grad_enabled() and self.weight.requires_grad)
-            or self.weight.is_inference()
-        ):
-            return self.made(fast)
+        """The weight as it is used. In eval mode, without gradients, it is made once.
+
+        It is made anew when the weight was changed in place or replaced; edits of ``weight.data``
+        within one stretch of eval mode are not seen.
+        """
         weight = self.weight
-        state = (fast, weight._version, weight.data_ptr(), weight.dtype, weight.device)
-        if self._kept is None or self._kept[0] != state:
-            with torch.no_grad():
-                self._kept = state, self.made(fast)
-        return self._kept[1]
+        if not self._may_keep():
+            self._kept = None
+            return self.made(fast)
+        state = fast, weight._version, weight.data_ptr()
+        kept = self._kept
+        if kept is None or kept[0]() is not weight or kept[1] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = kept = weakref.ref(weight), state, self.made(fast)
+        return kept[2]
+
+    def _may_keep(self) -> bool:
+        # Fused optimizers do not count versions, so nothing outlives a stretch of training. What
+        # stands in for a parameter for one call (functional_call, vmap, a parametrization) may have
+        # the address and version of another.
+        weight = self.weight
+        return not (
+            self.training
+            or torch.compiler.is_compiling()
+            or not isinstance(weight, nn.Parameter)
+            or weight.is_inference()
+            or (torch.is_grad_enabled() and weight.requires_grad)
+        )
+
+    def train(self, mode: bool = True) -> Self:
+        """As every module's; what was kept is dropped."""
+        self._kept = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._kept = None
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what can be derived."""

@@ -71,9 +71,9 @@ class QuaternionLinear(QuaternionLayer):
         if not self.is_fast():
             return F.linear(x, self.kernel(fast=False), self.bias)
         rows = x.reshape(-1, 4, self.in_features // 4)
-        products = spread(rows).transpose(0, 1) @ self.kernel(fast=True).to(x.dtype).mT
+        products = spread(rows).transpose(0, 1) @ self.kernel(fast=True).mT
         y = gathered(products.transpose(0, 1)).reshape(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         """Sizes and options."""

@@ -1,5 +1,7 @@
 """Batch normalization of quaternions: whitened, or by their length."""
 
+import contextlib
+import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -9,6 +11,13 @@ from evenkeel.errors import ConfigError, ShapeError, nearest
 from evenkeel.quaternion.layer import require_quaternions
 
 Kind = Literal["whitening", "variance"]
+
+
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Without autocast, where the device has one."""
+    if x.device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 class QuaternionBatchNorm(nn.Module):
@@ -73,7 +82,7 @@ class QuaternionBatchNorm(nn.Module):
         channels, whole = num_features // 4, kind == "whitening"
         where = {"device": device, "dtype": dtype}
         # Of a symmetric matrix what is on and below the diagonal.
-        self.rows, self.columns = torch.tril_indices(4, 4).tolist()
+        self.rows, self.columns = torch.tril_indices(4, 4, device="cpu").tolist()
         self.weight: nn.Parameter | None = None
         self.bias: nn.Parameter | None = None
         if affine:
@@ -99,7 +108,7 @@ class QuaternionBatchNorm(nn.Module):
         """Averages as at first; half of the identity, or 1, and no shift."""
         self.reset_running_stats()
         if self.weight is not None and self.bias is not None:
-            half = torch.eye(4)[self.rows, self.columns] / 2
+            half = torch.eye(4, device=self.weight.device)[self.rows, self.columns] / 2
             first = half if self.kind == "whitening" else torch.ones(())
             self.weight.copy_(first.expand_as(self.weight))
             self.bias.zero_()
@@ -110,14 +119,15 @@ class QuaternionBatchNorm(nn.Module):
             raise ShapeError(
                 f"The layer needs (N, {self.num_features}, ...); got shape {tuple(x.shape)}."
             )
-        parts = x.unflatten(1, (4, -1)).flatten(3) if x.dim() > 2 else x.view(len(x), 4, -1, 1)
-        parts = parts.to(torch.promote_types(x.dtype, torch.float32))  # (N, 4, C, positions)
-        mean, variance = self._statistics(parts) if self.training else self._running(parts)
-        matrix = self._matrix(variance)
-        y = torch.einsum("cpq,nqcl->npcl", matrix, parts - mean[None, :, :, None])
-        if self.bias is not None:
-            y = y + self.bias.view(1, 4, -1, 1).to(y.dtype)
-        return y.to(x.dtype).reshape(x.shape)
+        with full_precision(x):
+            parts = x.reshape(x.shape[0], 4, self.num_features // 4, math.prod(x.shape[2:]))
+            parts = parts.to(torch.promote_types(x.dtype, torch.float32))
+            mean, variance = self._statistics(parts) if self.training else self._running(parts)
+            matrix = self._matrix(variance)
+            y = torch.einsum("cpq,nqcl->npcl", matrix, parts - mean[None, :, :, None])
+            if self.bias is not None:
+                y = y + self.bias.view(1, 4, -1, 1).to(y.dtype)
+            return y.to(x.dtype).reshape(x.shape)
 
     def _statistics(self, parts: Tensor) -> tuple[Tensor, Tensor]:
         number = parts.shape[0] * parts.shape[3]
@@ -126,6 +136,7 @@ class QuaternionBatchNorm(nn.Module):
                 f"Batch norm needs 2 values or more of each channel in training; got {number}."
             )
         mean = parts.mean((0, 3))
+        mean = mean + (parts - mean[None, :, :, None]).mean((0, 3))  # what rounding has left over
         away = parts - mean[None, :, :, None]
         if self.kind == "whitening":
             variance = torch.einsum("npcl,nqcl->cpq", away, away) / number
@@ -151,7 +162,10 @@ class QuaternionBatchNorm(nn.Module):
             scale: Tensor = torch.rsqrt(variance + self.eps)
             scale = scale if self.weight is None else scale * self.weight.to(scale.dtype)
             return scale[:, None, None] * identity
-        factor = torch.linalg.cholesky_ex(variance + self.eps * identity).L
+        # Parts that are alike, as of grey, have a covariance whose rounding may pass eps.
+        trace = variance.diagonal(dim1=1, dim2=2).sum(1)
+        least = (8 * torch.finfo(variance.dtype).eps * trace).clamp_min(self.eps)
+        factor = torch.linalg.cholesky_ex(variance + least[:, None, None] * identity).L
         inverse: Tensor = torch.linalg.solve_triangular(
             factor, identity.expand_as(factor), upper=False
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evenkeel.errors import ConfigError
+from evenkeel.errors import ConfigError, ShapeError
 from evenkeel.quaternion.algebra import components, modulus
 
 Size = int | Sequence[int]
@@ -75,6 +75,8 @@ class QuaternionMaxPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The longest of each window."""
+        if x.dim() != 4:
+            raise ShapeError(f"The layer needs (N, C, H, W); got shape {tuple(x.shape)}.")
         options: dict[str, Any] = self.options
         _, chosen = F.max_pool2d(modulus(x.detach()), **options, return_indices=True)
         index = chosen.flatten(2).repeat(1, 4, 1)
