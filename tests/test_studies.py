@@ -901,3 +901,11 @@ def test_trained_controllers_are_asked_for_by_name(desk, tmp_path):
     study = import_from(STUDIES["hd_memory"])
     with pytest.raises(ConfigError, match=r"controller\.safetensors.*evenkeel fewshot train"):
         frame.run(study, "full", desk, tmp_path / "out", command="it", only=("crossbar",))
+
+
+def test_parts_that_are_not_asked_for_need_no_networks(desk, tmp_path):
+    study = import_from(STUDIES["hd_memory"])
+    wanted = desk.networks.parent / "hd_memory" / "controller.safetensors"
+    with pytest.raises(ConfigError) as error:
+        frame.run(study, "full", desk, tmp_path / "out", command="it", only=("continual",))
+    assert str(wanted) in str(error.value)

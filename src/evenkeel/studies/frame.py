@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, as_completed
@@ -167,6 +168,8 @@ def run(
     for part in parts:
         path = folder / f"{part.name}.json"
         known = _read(path)
+        if only and part.name not in only and not known:
+            continue
         made_of = json.loads(
             json.dumps(
                 {
@@ -263,6 +266,7 @@ def load_network(path: Path) -> nn.Module:
 
 
 def _required(path: Path) -> Path:
+    path = Path(os.path.normpath(path))  # as people would write it
     if not path.exists():
         raise ConfigError(
             f"The study needs the trained network {path}. Look for it in the project's repository "
