@@ -36,6 +36,8 @@ class Columns(nn.Module):
     writes: Tensor
     accesses: Tensor
     read_key: Tensor
+    fresh: Tensor
+    _total: Tensor
     _mean: Tensor
     _variance: Tensor | None
 
@@ -51,8 +53,11 @@ class Columns(nn.Module):
         self.register_buffer("clock", torch.zeros((), dtype=torch.float64))
         self.register_buffer("writes", torch.zeros((), dtype=torch.int64))
         self.register_buffer("accesses", torch.zeros((), dtype=torch.int64))
-        # Derived, so not saved: what a read gives of each component.
+        # All devices of a column together, as right after its write: mean and variance of a read.
+        self.register_buffer("fresh", torch.zeros(0, 2))
+        # Derived, so not saved: the same now, and what a read gives of each component.
         self.register_buffer("read_key", read_key(seed, NAME, "read"), persistent=False)
+        self.register_buffer("_total", None, persistent=False)
         self.register_buffer("_mean", None, persistent=False)
         self.register_buffer("_variance", None, persistent=False)
         # Two columns that are thrown away tell what the device's effects keep.
@@ -84,18 +89,25 @@ class Columns(nn.Module):
         """
         draws = Draws(self.seed, f"{NAME} write {int(self.writes)}")
         programmed, states = self.device.write(target, draws)
+        mean, variance, total = self._reads(programmed, states, 0.0)
         new = {
             "programmed": programmed,
             "unit": unit,
             "compensation": torch.ones_like(unit),
             "written_at": self.clock.expand(len(unit)),
+            "fresh": total,
             **self._flat(states),
         }
+        derived = {"_mean": mean, "_variance": variance, "_total": total}
+        alike = (variance is None) == (self._variance is None)
+        if alike:  # the old ones are as they were: no time has passed
+            new |= {name: value for name, value in derived.items() if value is not None}
         for name, value in new.items():
             old = getattr(self, name)
             setattr(self, name, torch.cat([old, value.to(old)], _axis(value)))
         self.writes = self.writes + 1  # not in place: a write that fails puts the old one back
-        self._derive()
+        if not alike:
+            self._derive()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -125,7 +137,7 @@ class Columns(nn.Module):
     @torch.no_grad()
     def compensate_(self) -> None:
         """Scale each column by how much all its devices have faded together, as read."""
-        fresh, now = (self._strength(*self._moments(fresh=fresh)) for fresh in (True, False))
+        fresh, now = self._as_read(self.fresh), self._as_read(self._total)
         self.compensation.copy_(torch.where(now > 0, fresh / now, 1.0))
 
     def currents(self, x: Tensor) -> Tensor:
@@ -143,39 +155,55 @@ class Columns(nn.Module):
         self.accesses += 1
         return noise
 
-    def _strength(self, mean: Tensor, variance: Tensor | None) -> Tensor:
-        total = mean.sum((0, 2))
-        if variance is None:
-            return total
-        return total + variance.sum((0, 2)).sqrt() * self._noise(total)
+    def _as_read(self, total: Tensor) -> Tensor:
+        mean, variance = total.unbind(1)
+        return mean if self._variance is None else mean + variance.sqrt() * self._noise(mean)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _derive(self) -> None:
-        mean, variance = self._moments()
-        self._mean = mean[0] if len(mean) == 1 else mean[0] - mean[1]
-        self._variance = None if variance is None else variance.sum(0)
+        """What a read gives now; columns of one age are taken together."""
+        times = self.written_at.unique().tolist()
+        if len(times) < 2:
+            age_s = float(self.clock) - (times or [0.0])[0]
+            everything = self._reads(self.programmed, self._states(slice(None)), age_s)
+            self._mean, self._variance, self._total = everything
+            return
+        groups = [(self.written_at == time).nonzero().flatten() for time in times]
+        parts = [
+            self._reads(self.programmed[:, rows], self._states(rows), float(self.clock) - time)
+            for rows, time in zip(groups, times, strict=True)
+        ]
+        back = torch.cat(groups).argsort()
+        self._mean = torch.cat([mean for mean, _, _ in parts])[back]
+        self._total = torch.cat([total for _, _, total in parts])[back]
+        noisy = [torch.zeros_like(mean) if v is None else v for mean, v, _ in parts]
+        exact = all(variance is None for _, variance, _ in parts)
+        self._variance = None if exact else torch.cat(noisy)[back]
 
-    def _moments(self, *, fresh: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Mean of a read of every device, and its variance; None where reads are exact."""
-        mean = torch.empty_like(self.programmed)
-        variance: Tensor | None = None
-        for written_at in self.written_at.unique().tolist():
-            age_s = 0.0 if fresh else float(self.clock) - written_at
-            rows = (self.written_at == written_at).nonzero().flatten()
-            programmed = self.programmed[:, rows]
-            states = [
-                {name: getattr(self, f"state_{i}_{name}")[:, rows] for name in names}
-                for i, names in enumerate(self._state_names)
-            ]
-            conductance = self.device.drift(programmed, states, age_s)
-            std = self.device.read_std(conductance, programmed, states, age_s)
-            if std is None:
-                mean[:, rows] = conductance
-                continue
-            variance = torch.zeros_like(mean) if variance is None else variance
-            mean[:, rows], variance[:, rows] = read_moments(conductance, std)
-        return mean, variance
+    def _states(self, rows: Any) -> list[State]:
+        return [
+            {name: getattr(self, f"state_{i}_{name}")[:, rows] for name in names}
+            for i, names in enumerate(self._state_names)
+        ]
+
+    def _reads(
+        self, programmed: Tensor, states: list[State], age_s: float
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Of columns of one age: mean and variance of a read of each component, and of all at once.
+
+        The variance is None where reads are exact.
+        """
+        mean = self.device.drift(programmed, states, age_s)
+        std = self.device.read_std(mean, programmed, states, age_s)
+        variance = None
+        if std is not None:
+            mean, variance = read_moments(mean, std)
+        all_mean = mean.sum((0, 2))
+        all_variance = torch.zeros_like(all_mean) if variance is None else variance.sum((0, 2))
+        total = torch.stack([all_mean, all_variance], 1)
+        mean = mean[0] if len(mean) == 1 else mean[0] - mean[1]
+        return mean, None if variance is None else variance.sum(0), total
 
     @staticmethod
     def _flat(states: list[State]) -> State:
