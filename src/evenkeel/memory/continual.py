@@ -7,7 +7,7 @@ from torch import Tensor
 
 from evenkeel.memory.crossbar import CrossbarMemory
 from evenkeel.memory.episodes import EpisodeSampler
-from evenkeel.memory.evaluation import Question
+from evenkeel.memory.evaluation import MOST, Question
 from evenkeel.memory.recall import Accuracy
 
 
@@ -37,7 +37,7 @@ def learn_one_by_one(
         For each number of classes the accuracy on the old ones, on the new one and on all, in
         percent, each with its 95 % interval over runs. At first there are no old ones.
     """
-    queries = question.queries(int(torch.bincount(labels).min()))
+    queries = max(1, min(MOST, int(torch.bincount(labels).min()) - question.shots))
     sampler = EpisodeSampler(
         labels, question.ways, question.shots, queries, episodes=runs, seed=seed
     )
