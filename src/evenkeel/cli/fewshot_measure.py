@@ -266,9 +266,9 @@ def _seen(network: nn.Module, images: LabelledImages) -> Tensor:
 def _table(task: str, rows: Sequence[Facts]) -> Table:
     codes = list(dict.fromkeys(row["code"] for row in rows))
     found = {(_condition(row), row["code"]): row for row in rows}
-    table = Table(title=task, title_justify="left", box=None)
+    table = Table(title=task, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for title in ("", *codes):
-        table.add_column(title, justify="right" if title else "left")
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
     for condition in dict.fromkeys(name for name, _ in found):
         cells = [found.get((condition, code)) for code in codes]
         table.add_row(
