@@ -8,9 +8,15 @@ from evenkeel.quaternion.algebra import rotated as rotated
 from evenkeel.quaternion.conv import QuaternionConv1d as QuaternionConv1d
 from evenkeel.quaternion.conv import QuaternionConv2d as QuaternionConv2d
 from evenkeel.quaternion.conv import QuaternionConv3d as QuaternionConv3d
-from evenkeel.quaternion.conv import QuaternionConvTranspose1d as QuaternionConvTranspose1d
-from evenkeel.quaternion.conv import QuaternionConvTranspose2d as QuaternionConvTranspose2d
-from evenkeel.quaternion.conv import QuaternionConvTranspose3d as QuaternionConvTranspose3d
+from evenkeel.quaternion.conv_transpose import (
+    QuaternionConvTranspose1d as QuaternionConvTranspose1d,
+)
+from evenkeel.quaternion.conv_transpose import (
+    QuaternionConvTranspose2d as QuaternionConvTranspose2d,
+)
+from evenkeel.quaternion.conv_transpose import (
+    QuaternionConvTranspose3d as QuaternionConvTranspose3d,
+)
 from evenkeel.quaternion.image import from_quaternion as from_quaternion
 from evenkeel.quaternion.image import to_quaternion as to_quaternion
 from evenkeel.quaternion.init import quaternion_init_ as quaternion_init_

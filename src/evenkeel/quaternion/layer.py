@@ -21,7 +21,8 @@ class QuaternionLayer(nn.Module):
         weight: (4, outputs, inputs, ...), counted in quaternions; real parts first.
         bias: (outputs,), counted in real numbers; None for none.
         algorithm: "dense": one real product with the assembled weight. "fast": eight products of a
-            quarter of the width, half of the arithmetic. "auto": the faster of them, by size.
+            quarter of the width, half of the arithmetic. "auto": the latter where it is ``wide``.
+        wide: whether it is of a size from which on eight products are the faster.
     """
 
     weight: nn.Parameter
@@ -32,6 +33,7 @@ class QuaternionLayer(nn.Module):
         self,
         shape: tuple[int, ...],
         bias: int | None,
+        wide: bool,
         algorithm: Algorithm,
         init: Init,
         device: Any,
@@ -44,6 +46,7 @@ class QuaternionLayer(nn.Module):
         super().__init__()
         where = {"device": device, "dtype": dtype}
         self.algorithm: Algorithm = algorithm
+        self.wide = wide
         self.init: Init = init
         self.weight = nn.Parameter(torch.empty(4, *shape, **where))
         self.bias = None if bias is None else nn.Parameter(torch.empty(bias, **where))
@@ -58,11 +61,7 @@ class QuaternionLayer(nn.Module):
 
     def is_fast(self) -> bool:
         """Whether the eight products are taken."""
-        return self.algorithm == "fast" or (self.algorithm == "auto" and self.fast_is_faster())
-
-    def fast_is_faster(self) -> bool:
-        """What "auto" goes by."""
-        raise NotImplementedError
+        return self.algorithm == "fast" or (self.algorithm == "auto" and self.wide)
 
     def made(self, fast: bool) -> Tensor:
         """The weight as a product takes it."""

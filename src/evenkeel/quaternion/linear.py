@@ -54,12 +54,10 @@ class QuaternionLinear(QuaternionLayer):
     ) -> None:
         require_quaternions(in_features=in_features, out_features=out_features)
         shape = (out_features // 4, in_features // 4)
-        super().__init__(shape, out_features if bias else None, algorithm, init, device, dtype)
+        wide = min(in_features, out_features) >= FAST_FROM
+        outputs = out_features if bias else None
+        super().__init__(shape, outputs, wide, algorithm, init, device, dtype)
         self.in_features, self.out_features = in_features, out_features
-
-    def fast_is_faster(self) -> bool:
-        """For large matrices."""
-        return min(self.in_features, self.out_features) >= FAST_FROM
 
     def forward(self, x: Tensor) -> Tensor:
         """The products, by one form or the other."""
