@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from evenkeel import quaternion
 from evenkeel.errors import ConfigError, ShapeError
 from evenkeel.quaternion import (
     QuaternionBatchNorm,
@@ -29,30 +28,12 @@ from evenkeel.quaternion import (
 from evenkeel.quaternion.product import assembled, eight, gathered, spread, taken_apart
 
 DOUBLE = torch.float64
-FORMS = ("dense", "fast")
 KINDS = ("whitening", "variance")
 close = torch.testing.assert_close
 
 
 def double(*shape):
     return torch.randn(*shape, dtype=DOUBLE)
-
-
-def conv(dims, transposed=False):
-    return getattr(quaternion, f"QuaternionConv{'Transpose' * transposed}{dims}d")
-
-
-def torchs(dims, transposed=False):
-    return getattr(nn, f"Conv{'Transpose' * transposed}{dims}d")
-
-
-def both_forms(make):
-    """The same layer twice, with a bias that is not zero where there is one."""
-    dense, fast = make(algorithm="dense", dtype=DOUBLE), make(algorithm="fast", dtype=DOUBLE)
-    if dense.bias is not None:
-        nn.init.normal_(dense.bias)
-    fast.load_state_dict(dense.state_dict())
-    return dense, fast
 
 
 def structure():

@@ -57,12 +57,6 @@ def both_forms(make):
     return dense, fast
 
 
-def structure():
-    """T[k, i, j]: part k of the product of units i and j."""
-    units = torch.eye(4, dtype=DOUBLE)
-    return torch.stack([hamilton(u.expand(4, 4), units) for u in units]).permute(2, 0, 1)
-
-
 # ---- layers against sums of products
 
 

@@ -212,9 +212,9 @@ def _in_worker(path: str, trial: Trial) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def _load(path: str) -> Workload:
-    work: Workload
     import cloudpickle
 
+    work: Workload
     work, kinds = cloudpickle.loads(Path(path).read_bytes())  # written by run() for this audit
     for kind, weights in kinds.items():  # the user's own kinds of layers
         register_weight_layer(kind, weights)

@@ -109,10 +109,6 @@ def continual(
             seed=seed,
             progress=lambda done, total: bar.update(job, completed=done, total=total),
         )
-    console.print(_table(rows))
-    console.print(f"Percent, mean of {runs} runs and its 95 % interval.", highlight=False)
-    write_atomically(out / "continual.svg", _chart(rows).encode())
-    console.print(str(out / "continual.svg"), highlight=False)
     if json_file is not None:
         facts = {
             "command": shlex.join(["evenkeel", *sys.argv[1:]]),
@@ -120,6 +116,10 @@ def continual(
             "rows": rows,
         }
         write_atomically(json_file, (json.dumps(facts, indent=1) + "\n").encode())
+    console.print(_table(rows))
+    console.print(f"Percent, mean of {runs} runs and its 95 % interval.", highlight=False)
+    write_atomically(out / "continual.svg", _chart(rows).encode())
+    console.print(str(out / "continual.svg"), highlight=False)
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:

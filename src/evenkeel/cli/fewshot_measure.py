@@ -39,8 +39,7 @@ from evenkeel.saving import describe, load
 from evenkeel.studies.frame import svg
 
 Facts = dict[str, Any]
-SPREADS = (0.2, 0.4, 0.6, 0.8, 1.0)
-DEVICES = (*(f"spread:{level}" for level in SPREADS), "pcm")
+DEVICES = ("spread:0.2", "spread:0.4", "spread:0.6", "spread:0.8", "spread:1", "pcm")
 CODE_ORDER = ("real", "bipolar", "complement", "binary")
 TASKS = ("5x1", "20x5", "100x5")
 Several = Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")]

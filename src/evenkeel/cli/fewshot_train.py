@@ -102,6 +102,7 @@ def train(
     """
     settings = {k: v for k, v in locals().items() if k not in ("out", "data_root")}
     from evenkeel.memory import OBJECTIVES, EpisodeSampler
+    from evenkeel.memory.recall import accuracies, embed, recall_by
     from evenkeel.train import drawn_anew, fit_episodes, launched
 
     if objective not in OBJECTIVES:
@@ -140,8 +141,6 @@ def train(
             )
 
         def validate(network: nn.Module) -> float:
-            from evenkeel.memory.recall import accuracies, embed, recall_by
-
             with fabric.autocast():
                 vectors = embed(network, held_out.images).float()
             return 100 * float(accuracies(vectors, asked, recall_by(objective)).mean())

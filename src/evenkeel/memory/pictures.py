@@ -1,7 +1,6 @@
 """An episode as people look at it: what is asked, and where the attention goes."""
 
 import base64
-import html
 import io
 
 import torch
@@ -74,9 +73,9 @@ def _image(image: Tensor, column: int, row: int) -> str:
 def _bar(column: int, row: int, weight: float, most: float, colour: str) -> str:
     x, y = (GAP + k * (SIDE + GAP) for k in (column, row))
     tall = BAR * weight / most if most > 0 else 0
-    said = html.escape(f"{100 * weight:.1f} %")
     return (
         f'<rect x="{x + 14}" y="{y + SIDE - 12 - tall:.1f}" width="{SIDE - 28}" '
         f'height="{tall:.1f}" fill="{colour}"/>'
-        f'<text x="{x + SIDE / 2}" y="{y + SIDE}" text-anchor="middle" fill="#444">{said}</text>'
+        f'<text x="{x + SIDE / 2}" y="{y + SIDE}" text-anchor="middle" fill="#444">'
+        f"{100 * weight:.1f} %</text>"
     )
