@@ -477,3 +477,15 @@ def test_a_network_with_a_memory_inside_is_refused(tmp_path):
     network = torch.nn.Sequential(torch.nn.Linear(2, 8), ek.memory.KeyValueMemory(8))
     with pytest.raises(ConfigError, match="A memory inside of a network is saved by itself"):
         ek.save(network, tmp_path / "network.safetensors")
+
+
+def test_a_file_of_a_memory_that_lacks_a_tensor_is_refused(tmp_path, monkeypatch):
+    memory = ek.memory.KeyValueMemory(8)
+    memory.write(torch.randn(2, 8), "ab")
+    path = tmp_path / "memory.safetensors"
+    ek.save(memory, path)
+    tensors, description = ek.saving.read(path)
+    del tensors["owners"]
+    monkeypatch.setattr(ek.saving, "read", lambda path: (tensors, description))
+    with pytest.raises(ConfigError, match="needs 'owners'"):
+        ek.load(path)

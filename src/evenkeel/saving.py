@@ -101,6 +101,9 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: Device | N
         from evenkeel.memory.described import built
 
         memory = built(description, device, path)
+        lacking = [k for k in memory.state_dict() if k not in tensors and k != "_extra_state"]
+        if lacking:
+            raise ConfigError(f"{path} is damaged: a memory needs '{lacking[0]}', and it has none.")
         memory.load_state_dict(tensors, strict=False)
         return memory
     if model is not None:
