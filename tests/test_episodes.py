@@ -110,7 +110,7 @@ def test_prototypes_are_means_of_their_keys():
     expected = F.cross_entropy(-squared, LABELS)
     loss = prototypical_loss(keys, OWNERS, queries, LABELS)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert by_prototypes(0, keys, OWNERS, queries).tolist() == squared.argmin(1).tolist()
+    assert by_prototypes(keys, OWNERS, queries).tolist() == squared.argmin(1).tolist()
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -199,7 +199,7 @@ def test_answers_are_those_of_a_plain_loop(code, vectors):
     shares = []
     for episode in EpisodeSampler(labels, 5, 2, 6, episodes=30, seed=3):
         if code == "prototypes":
-            found = by_prototypes(0, x[episode.support], episode.support_labels, x[episode.queries])
+            found = by_prototypes(x[episode.support], episode.support_labels, x[episode.queries])
         else:
             memory = KeyValueMemory(48, code=code)
             memory.write(x[episode.support], episode.support_labels)

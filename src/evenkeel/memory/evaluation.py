@@ -145,7 +145,7 @@ def shares_of(vectors: str, question: Question, numbers: range, seed: int) -> li
 def _answered(x: Tensor, question: Question, episode: Episode, seed: int) -> list[float]:
     keys, queries = x[episode.support], x[episode.queries]
     if question.code == "prototypes":
-        return [_right(by_prototypes(0, keys, episode.support_labels, queries), episode)]
+        return [_right(by_prototypes(keys, episode.support_labels, queries), episode)]
     memory = question.memory(x.shape[1], seed)
     memory.write(keys, episode.support_labels)
     shares = []

@@ -11,9 +11,8 @@ from evenkeel.memory.episodes import Episode
 from evenkeel.memory.key_value import KeyValueMemory
 from evenkeel.memory.objectives import to_prototypes
 
-Recall = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""From an episode's number, keys (n, d), their classes from 0 on, and queries (q, d) to the
-recalled class of each, (q,)."""
+Recall = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From keys (n, d), their classes from 0 on, and queries (q, d) to each one's class, (q,)."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +66,14 @@ def embed(
 def accuracies(vectors: Tensor, episodes: Iterable[Episode], recall: Recall) -> Tensor:
     """Share of right answers of each episode, (episodes,)."""
     shares = []
-    for number, episode in enumerate(episodes):
+    for episode in episodes:
         keys, queries = vectors[episode.support], vectors[episode.queries]
-        found = recall(number, keys, episode.support_labels, queries)
+        found = recall(keys, episode.support_labels, queries)
         shares.append((found == episode.query_labels).double().mean())
     return torch.stack(shares)
 
 
-def by_prototypes(number: int, keys: Tensor, owners: Tensor, queries: Tensor) -> Tensor:
+def by_prototypes(keys: Tensor, owners: Tensor, queries: Tensor) -> Tensor:
     """Recall by the nearest mean of a class, as prototypical networks do."""
     return to_prototypes(keys, owners, queries).argmin(1)
 
@@ -84,7 +83,7 @@ def recall_by(objective: str) -> Recall:
     if objective == "prototypes":
         return by_prototypes
 
-    def recall(number: int, keys: Tensor, owners: Tensor, queries: Tensor) -> Tensor:
+    def recall(keys: Tensor, owners: Tensor, queries: Tensor) -> Tensor:
         memory = KeyValueMemory(keys.shape[1], sharpening=objective)
         memory.write(keys, owners)
         return memory.read(queries).best
