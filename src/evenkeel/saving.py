@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from evenkeel import analog, models, norm
 from evenkeel.analog.described import device_from
 from evenkeel.analog.device import Device
-from evenkeel.balance.rescaled import put_around_empty, rescaled_paths
 from evenkeel.calibrate import Calibration
 from evenkeel.calibrate.match import matched_paths, put_behind_empty
 from evenkeel.errors import ConfigError
@@ -213,6 +212,8 @@ _NORMALIZERS: dict[str, Any] = {
 
 def _additions(network: nn.Module) -> dict[str, dict[str, Any]]:
     """What evenkeel has put into a network, by path, as far as a file must tell of it."""
+    from evenkeel.balance.rescaled import rescaled_paths
+
     return {
         "rescaled": dict.fromkeys(rescaled_paths(network), True),
         "matched": matched_paths(network),
@@ -227,6 +228,8 @@ def _additions(network: nn.Module) -> dict[str, dict[str, Any]]:
 
 def _add(network: nn.Module, description: dict[str, Any], file: str | Path) -> Callable[[], None]:
     """Put into a network what a file's description tells of and it lacks; returns the way back."""
+    from evenkeel.balance.rescaled import put_around_empty
+
     rescaled, matched, normalizers, standardized = (
         {path: how for path, how in description.get(kind, {}).items() if path not in there}
         for kind, there in _additions(network).items()
