@@ -225,7 +225,7 @@ def test_answers_do_not_depend_on_who_does_which_part(vectors, monkeypatch):
     monkeypatch.setattr(evaluation, "CHUNK", 7)
     parts = ask(vectors, questions, progress=lambda done, total: seen.append((done, total)))
     assert parts == whole
-    assert seen == [(k, 15) for k in range(1, 16)]  # five chunks of each
+    assert seen == [(k, 10) for k in range(1, 11)]  # five chunks of each task
     assert ask(vectors, questions, seed=1) != whole
     assert ask(vectors, questions[::-1])[-1] == whole[0]  # nor on what else is asked
 

@@ -11,6 +11,9 @@ from evenkeel.analog.device import DeviceModel, State
 from evenkeel.draws import Draws
 from evenkeel.errors import ConfigError
 
+TINY = 1e-3
+"""Shares of the range below it are as it is: the clips of the laws take them all."""
+
 
 @dataclass(frozen=True)
 class PCM(DeviceModel):
@@ -79,7 +82,7 @@ class PCM(DeviceModel):
             programmed = (g + self.programming * sigma * xi).clamp_min(0)
         if not self.drifting:
             return programmed, {}
-        log_x = x.log()  # -inf for a device left at zero: the clips take it
+        log_x = x.clamp_min(TINY).log()
         mean = (0.0244 - 0.0155 * log_x).clamp(0.049, 0.1)
         std = (-0.0059 - 0.0125 * log_x).clamp(0.008, 0.045)
         nu = (mean + std * draws.normal("drift exponent", shape, device=g.device)).abs()
@@ -95,8 +98,8 @@ class PCM(DeviceModel):
         """1/f noise integrated from one read's duration to the device's age."""
         if not self.reading:
             return None
-        x = (programmed / self.g_max).clamp_min(0)
-        q = (0.0088 / x.pow(0.65).clamp_min(1e-3)).clamp_max(0.2)
+        x = (programmed / self.g_max).clamp_min(TINY)
+        q = (0.0088 / x.pow(0.65)).clamp_max(0.2)
         age = age_s + self.t0_s
         root_log = math.sqrt(math.log((age + self.t_read_s) / (2 * self.t_read_s)))
         return g.clamp_min(0) * q * (self.reading * root_log)

@@ -150,6 +150,10 @@ def num_workers(asked: int | None) -> int:
     return asked
 
 
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "33554432"}
+"""For glibc: memory of tensors up to 32 MiB is used again, not given back and asked for anew."""
+
+
 def local_processes(workers: int, fingerprint: str) -> Executor:
     """Processes of one thread each; they are kept for the next work of the same fingerprint."""
     from loky import get_reusable_executor
@@ -157,7 +161,11 @@ def local_processes(workers: int, fingerprint: str) -> Executor:
     # The fingerprint is there to be compared: for another network, or one whose code was edited,
     # processes that still hold the old code are not used again.
     pool: Executor = get_reusable_executor(
-        max_workers=workers, timeout=30, initializer=_start_worker, initargs=(fingerprint,)
+        max_workers=workers,
+        timeout=30,
+        initializer=_start_worker,
+        initargs=(fingerprint,),
+        env=KEEP_MEMORY,
     )
     return pool
 

@@ -113,6 +113,8 @@ class Columns(nn.Module):
     @torch.no_grad()
     def keep_(self, order: Tensor) -> None:
         """Keep these columns, in this order, and no others."""
+        if torch.equal(order, torch.arange(len(self), device=order.device)):
+            return
         for name in self._growing():
             value = getattr(self, name)
             setattr(self, name, value.index_select(_axis(value), order))

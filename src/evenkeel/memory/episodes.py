@@ -103,19 +103,16 @@ class EpisodeSampler:
         each = self.shots + self.queries
         chosen = generator.choice(len(self._classes), self.ways, replace=False).tolist()
         classes = [self._classes[c] for c in chosen]
-        rows = torch.tensor(
-            [
-                [self._members[label][i] for i in generator.choice(
-                    len(self._members[label]), each, replace=False
-                )]
-                for label in classes
-            ]
-        )  # fmt: skip
-        numbers = torch.arange(self.ways)
+        rows = []
+        for label in classes:
+            members = self._members[label]
+            drawn = generator.choice(len(members), each, replace=False).tolist()
+            rows.append([members[i] for i in drawn])
+        numbers, samples = torch.arange(self.ways), torch.tensor(rows)
         return Episode(
-            rows[:, : self.shots].flatten(),
+            samples[:, : self.shots].flatten(),
             numbers.repeat_interleave(self.shots),
-            rows[:, self.shots :].flatten(),
+            samples[:, self.shots :].flatten(),
             numbers.repeat_interleave(self.queries),
             tuple(classes),
         )

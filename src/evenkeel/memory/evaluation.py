@@ -1,6 +1,7 @@
 """Tasks by codes by devices: the accuracy of a memory over many episodes, on several processes."""
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from evenkeel.memory.recall import Accuracy, by_prototypes
 
 ASKED, MOST = 100, 15
 """Queries of an episode; and at most of each class."""
-CHUNK = 125
-"""Episodes that a process takes at once."""
+CHUNK = 25
+"""Episodes that a process takes at once, with all questions of a task."""
 
 
 @dataclass(frozen=True)
@@ -83,27 +84,27 @@ def answers(
         pool: that has the file at hand.
         progress: called with chunks of episodes done, and chunks in all.
     """
-    starts = range(0, episodes, CHUNK)
+    chunks = [range(k, min(k + CHUNK, episodes)) for k in range(0, episodes, CHUNK)]
+    tasks = list(dict.fromkeys(question.task for question in questions))
+    asked = {task: [q for q in questions if q.task == task] for task in tasks}
     futures = {
-        pool.submit(
-            shares_of, str(vectors), question, range(start, min(start + CHUNK, episodes)), seed
-        ): (number, start)
-        for number, question in enumerate(questions)
-        for start in starts
+        pool.submit(shares_of, str(vectors), asked[task], chunk, seed): (task, chunk)
+        for task in reversed(tasks)  # what takes longest is usually last, and should not end alone
+        for chunk in chunks
     }
-    shares: dict[tuple[int, int], Tensor] = {}
+    shares: dict[tuple[str, range], list[Tensor]] = {}
     try:
         for future in as_completed(futures):
-            shares[futures[future]] = torch.tensor(future.result(), dtype=torch.float64)
+            shares[futures[future]] = future.result()
             progress(len(shares), len(futures))
     finally:
         for future in futures:
             future.cancel()
-    return [
-        row
-        for number, question in enumerate(questions)
-        for row in rows_of(question, torch.cat([shares[number, start] for start in starts], 1))
-    ]
+    found = {}
+    for task in tasks:
+        parts = zip(*(shares[task, chunk] for chunk in chunks), strict=True)
+        found[task] = [torch.cat(of_question, 1) for of_question in parts]
+    return [row for q in questions for row in rows_of(q, found[q.task].pop(0))]
 
 
 def rows_of(question: Question, shares: Tensor) -> list[dict[str, Any]]:
@@ -126,27 +127,27 @@ def rows_of(question: Question, shares: Tensor) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def shares_of(vectors: str, question: Question, numbers: range, seed: int) -> list[list[float]]:
-    """Share of right answers, by age and episode."""
-    x, labels = _read(vectors)
-    samples = int(torch.bincount(labels).min())
-    sampler = EpisodeSampler(
-        labels,
-        question.ways,
-        question.shots,
-        question.queries(samples),
-        episodes=numbers.stop,
-        seed=seed,
-    )
-    found = [_answered(x, question, sampler[k], seed=seed + k) for k in numbers]
-    return [list(of_age) for of_age in zip(*found, strict=True)]
+def shares_of(
+    vectors: str, questions: Sequence[Question], numbers: range, seed: int
+) -> list[Tensor]:
+    """Share of right answers to each question of one task, by age and episode."""
+    x, _ = _read(vectors)
+    sampler = _sampler(vectors, questions[0], seed)
+    found: list[list[list[float]]] = [[] for _ in questions]
+    for k in numbers:
+        episode = sampler[k]
+        keys, queries = x[episode.support], x[episode.queries]
+        for shares, question in zip(found, questions, strict=True):
+            shares.append(_answered(keys, queries, question, episode, seed + k))
+    return [torch.tensor(shares, dtype=torch.float64).T for shares in found]
 
 
-def _answered(x: Tensor, question: Question, episode: Episode, seed: int) -> list[float]:
-    keys, queries = x[episode.support], x[episode.queries]
+def _answered(
+    keys: Tensor, queries: Tensor, question: Question, episode: Episode, seed: int
+) -> list[float]:
     if question.code == "prototypes":
         return [_right(by_prototypes(keys, episode.support_labels, queries), episode)]
-    memory = question.memory(x.shape[1], seed)
+    memory = question.memory(keys.shape[1], seed)
     memory.write(keys, episode.support_labels)
     shares = []
     for age_s in question.ages:
@@ -160,6 +161,13 @@ def _answered(x: Tensor, question: Question, episode: Episode, seed: int) -> lis
 
 def _right(found: Tensor, episode: Episode) -> float:
     return float((found == episode.query_labels).double().mean())
+
+
+@functools.lru_cache(maxsize=2)
+def _sampler(vectors: str, of: Question, seed: int) -> EpisodeSampler:
+    _, labels = _read(vectors)
+    queries = of.queries(int(torch.bincount(labels).min()))
+    return EpisodeSampler(labels, of.ways, of.shots, queries, episodes=sys.maxsize, seed=seed)
 
 
 @functools.lru_cache(maxsize=2)

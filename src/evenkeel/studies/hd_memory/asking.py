@@ -50,8 +50,8 @@ def question_of(
 def ask(vectors: Path, question: Facts, episodes: int, seed: int) -> Facts:
     """Accuracy at each age, mean of so many episodes."""
     asked = question_of(**question)
-    shares = shares_of(str(vectors), asked, range(episodes), seed)
-    return {"rows": rows_of(asked, torch.tensor(shares, dtype=torch.float64))}
+    (shares,) = shares_of(str(vectors), [asked], range(episodes), seed)
+    return {"rows": rows_of(asked, shares)}
 
 
 def learn(vectors: Path, question: Facts, every_s: float, runs: int, seed: int) -> Facts:
