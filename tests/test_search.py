@@ -11,7 +11,7 @@ from evenkeel.bench import memory as bench
 from evenkeel.errors import ConfigError, MissingExtraError, ShapeError
 from evenkeel.memory import BitIndex, CrossbarMemory, KeyValueMemory, key_value, search
 
-BACKENDS = ("faiss", "numpy")
+BACKENDS = ("faiss", "torch")
 
 
 def hamming(queries, keys):
@@ -20,9 +20,10 @@ def hamming(queries, keys):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dim", [1, 63, 64, 200, 512])
-def test_the_nearest_are_those_of_all_distances(backend, dim, monkeypatch):
+@pytest.mark.parametrize("many", [5, search.FEW + 4])
+def test_the_nearest_are_those_of_all_distances(backend, dim, many, monkeypatch):
     monkeypatch.setattr(search, "BLOCK", 7)  # several blocks, the last not full
-    keys, queries = torch.randn(40, dim), torch.randn(5, dim)
+    keys, queries = torch.randn(40, dim), torch.randn(many, dim)
     index = BitIndex(dim, backend)
     index.add(keys[:13])
     index.add(keys[13:])
@@ -32,6 +33,19 @@ def test_the_nearest_are_those_of_all_distances(backend, dim, monkeypatch):
     torch.testing.assert_close(distances, every.sort(1).values[:, :4])
     torch.testing.assert_close(every.gather(1, rows), distances)
     assert all(len(set(row)) == 4 for row in rows.tolist())
+
+
+@pytest.mark.parametrize("dim", [64, 512, 70_016])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_distances_are_the_same_by_counting_and_by_products(dim, onednn, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+    bits = torch.randint(0, 2, (13, dim), dtype=torch.uint8)
+    bits[0], bits[1] = 0, 1
+    words = np.packbits(bits.numpy(), axis=1).view(np.uint64)
+    every = hamming(bits[:4], bits)
+    assert every[0, 1] == dim
+    for distances in (search.by_counting, search.by_products):
+        assert torch.equal(distances(words[:4], words.T), every.int())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -45,7 +59,7 @@ def test_no_more_are_found_than_there_are(backend):
 
 def test_long_vectors_whose_distances_pass_a_byte_and_two():
     ones, none = torch.ones(1, 70_000), -torch.ones(1, 70_000)
-    index = BitIndex(70_000, "numpy")
+    index = BitIndex(70_000, "torch")
     index.add(none)
     assert index.search(ones)[0].item() == 70_000
 
@@ -71,10 +85,10 @@ def test_what_cannot_be_is_refused(action, error, says):
         action()
 
 
-def test_without_faiss_it_is_numpy(monkeypatch):
+def test_without_faiss_it_is_torch(monkeypatch):
     monkeypatch.setattr(search.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
-    assert BitIndex(64).backend == "numpy"
+    assert BitIndex(64).backend == "torch"
     with pytest.raises(MissingExtraError, match="memory"):
         BitIndex(64, "faiss")
 
@@ -149,7 +163,7 @@ def test_nearest_needs_something_to_search_and_to_find():
 def test_the_bench_times_every_way():
     rows = bench.bench(sizes=(100,), rounds=1)
     assert [row["way"] for row in rows][:4] == [
-        "faiss IndexBinaryFlat", "BitIndex, faiss", "BitIndex, numpy", "products, float32",
+        "faiss IndexBinaryFlat", "BitIndex, faiss", "BitIndex, torch", "products, float32",
     ]  # fmt: skip
     assert rows[0]["ratio"] == 1
     assert {row["bytes"] for row in rows[:3]} == {100 * 64}

@@ -1,4 +1,4 @@
-"""Search among binary vectors: bits by faiss and by numpy, products of floats, and torchhd."""
+"""Search among binary vectors: bits by faiss and by torch, products of floats, and torchhd."""
 
 import importlib.util
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def _rows(size: int, rounds: int) -> list[dict[str, Any]]:
     candidates = {
         "faiss IndexBinaryFlat": _bare_faiss(keys, queries),
         "BitIndex, faiss": _bits(keys, queries, "faiss"),
-        "BitIndex, numpy": _bits(keys, queries, "numpy"),
+        "BitIndex, torch": _bits(keys, queries, "torch"),
         "products, float32": _products(keys, queries),
     }
     if importlib.util.find_spec("torchhd") is not None:

@@ -1,7 +1,6 @@
 """Nearest binary vectors by Hamming distance, packed eight components to a byte."""
 
 import importlib.util
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -10,21 +9,22 @@ from torch import Tensor
 
 from evenkeel.errors import ConfigError, MissingExtraError, ShapeError, nearest
 
-Backend = Literal["faiss", "numpy"]
+Backend = Literal["faiss", "torch"]
 BLOCK = 8192
-"""Keys that are compared at once: what is written on the way stays in a core's cache."""
+"""Keys that are compared at once: what is written on the way stays in the cache."""
+FEW = 16
+"""Queries up to which counting bits is faster than multiplying them."""
 
 
 class BitIndex:
     r"""Binary vectors, searched by Hamming distance.
 
-    A vector takes d/8 bytes, in whole words of eight. Distances are exact,
-    $H = \sum_w \mathrm{popcount}(q_w \oplus k_w)$ over words of 64 components; of bipolar vectors
-    the similarity is $1 - 2H/d$.
+    A vector takes d/8 bytes, in whole words of eight. Distances H, the number of components that
+    differ, are exact; of bipolar vectors the similarity is $1 - 2H/d$.
 
     Args:
         dim: of the vectors, d.
-        backend: "faiss" (its ``IndexBinaryFlat``, from the extra ``memory``) or "numpy"; default:
+        backend: "faiss" (its ``IndexBinaryFlat``, from the extra ``memory``) or "torch"; default:
             faiss where it is installed.
 
     Shape:
@@ -44,7 +44,7 @@ class BitIndex:
         installed = importlib.util.find_spec("faiss") is not None
         self.dim = dim
         words = -(-dim // 64)  # the last is filled up with zeros, which are in no distance
-        self.backend = backend or ("faiss" if installed else "numpy")
+        self.backend = backend or ("faiss" if installed else "torch")
         if self.backend not in get_args(Backend):
             known = get_args(Backend)
             raise ConfigError(f"Unknown backend {backend!r}. {nearest(str(backend), known)}")
@@ -80,10 +80,10 @@ class BitIndex:
             raise ConfigError(f"k must be 1 or more; got {k!r}.")
         k, packed = min(k, len(self)), self._packed(queries)
         if self.backend == "faiss":
-            distances, rows = self._faiss.search(packed, k)
+            distances, rows = map(torch.from_numpy, self._faiss.search(packed, k))
         else:
             distances, rows = self._search(packed.view(np.uint64), k)
-        return torch.from_numpy(distances.astype(np.int64)), torch.from_numpy(rows.astype(np.int64))
+        return distances.long(), rows.long()
 
     def _packed(self, vectors: Tensor) -> np.ndarray:
         if vectors.dim() != 2 or vectors.shape[1] != self.dim:
@@ -93,37 +93,38 @@ class BitIndex:
         packed = np.packbits((vectors.detach() > 0).cpu().numpy(), axis=1)
         return np.pad(packed, ((0, 0), (0, 8 * len(self._words) - packed.shape[1])))
 
-    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Queries (q, words) are dealt out to as many threads as torch uses."""
-        threads = max(1, min(torch.get_num_threads(), len(queries)))
-        with ThreadPoolExecutor(threads) as pool:
-            parts = list(
-                pool.map(lambda part: self._nearest(part, k), np.array_split(queries, threads))
-            )
-        distances, rows = (np.concatenate(side) for side in zip(*parts, strict=True))
+    def _search(self, queries: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
+        """Block by block; queries are words, (q, d/64)."""
+        distances = torch.empty(len(queries), 0, dtype=torch.int32)
+        rows = distances.long()
+        between = by_counting if len(queries) <= FEW else by_products
+        for start in range(0, len(self), BLOCK):
+            block = between(queries, self._words[:, start : start + BLOCK])
+            nearest = block.topk(min(k, block.shape[1]), largest=False)
+            distances = torch.cat([distances, nearest.values], 1)
+            rows = torch.cat([rows, nearest.indices + start], 1)
+            distances, order = distances.topk(min(k, distances.shape[1]), largest=False)
+            rows = rows.gather(1, order)
         return distances, rows
 
-    def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        distances = np.full((len(queries), k), self.dim + 1, np.uint32)
-        rows = np.zeros((len(queries), k), np.int64)
-        words = np.empty((len(self._words), BLOCK), np.uint64)
-        counts = np.empty(words.shape, np.uint8)
-        for start in range(0, len(self), BLOCK):
-            block = self._words[:, start : start + BLOCK]
-            n = block.shape[1]
-            for i, query in enumerate(queries):
-                np.bitwise_xor(block, query[:, None], out=words[:, :n])
-                np.bitwise_count(words[:, :n], out=counts[:, :n])
-                total = np.add.reduce(counts[:, :n], axis=0, dtype=np.uint32)
-                better = np.flatnonzero(total < distances[i, -1])
-                if len(better) > k:
-                    better = better[np.argpartition(total[better], k - 1)[:k]]
-                if len(better):
-                    found = np.concatenate([distances[i], total[better]])
-                    order = np.argsort(found, kind="stable")[:k]
-                    distances[i] = found[order]
-                    rows[i] = np.concatenate([rows[i], better + start])[order]
-        return distances, rows
+
+def by_counting(queries: np.ndarray, keys: np.ndarray) -> Tensor:
+    r"""Distances (q, n) of queries (q, words) and keys (words, n): the ones of $q \oplus k$."""
+    counts = [np.bitwise_count(keys ^ query[:, None]).sum(0, dtype=np.int32) for query in queries]
+    return torch.from_numpy(np.stack(counts))
+
+
+def by_products(queries: np.ndarray, keys: np.ndarray) -> Tensor:
+    r"""The same as $\sum q + \langle 1 - 2q,\, k\rangle$, over integers of eight bits."""
+    q, k = (
+        torch.from_numpy(np.unpackbits(np.ascontiguousarray(words).view(np.uint8), 1).view(np.int8))
+        for words in (queries, keys.T)
+    )
+    if torch.backends.mkldnn.is_available() and hasattr(torch, "_int_mm"):
+        products = torch._int_mm(1 - 2 * q, k.T)
+    else:  # it has no public name yet, and would be a plain loop; floats are exact here, and slower
+        products = ((1 - 2 * q).float() @ k.T.float()).int()
+    return products + q.sum(1, keepdim=True, dtype=torch.int32)
 
 
 def _faiss(dim: int) -> Any:
