@@ -25,7 +25,7 @@ from evenkeel.quaternion import (
     rotated,
     to_quaternion,
 )
-from evenkeel.quaternion.product import assembled, eight, gathered, spread, taken_apart
+from evenkeel.quaternion.product import assembled, eight, in_eight, taken_apart
 
 DOUBLE = torch.float64
 KINDS = ("whitening", "variance")
@@ -103,12 +103,16 @@ def test_channels_that_are_no_quaternions_are_refused(call, channels):
 
 def test_eight_multiplications_are_the_hamilton_product_in_whole_numbers():
     units = torch.eye(4, dtype=DOUBLE)
-    left, right = eight(4 * units), spread(units).T
-    back = gathered(torch.eye(8, dtype=DOUBLE)).T
-    for numbers in (left, right, back):
-        assert torch.equal(numbers, numbers.round())
-    product = torch.einsum("kr,ri,rj->kij", back, left, right)
-    assert torch.equal(product, 4 * structure())
+    left, seen = eight(4 * units), []
+
+    def product(x, kernel):
+        seen.append(x)
+        return x * kernel
+
+    found = torch.stack([in_eight(units, kernels.view(8, 1, 1), product) for kernels in left.T], 1)
+    assert torch.equal(left, left.round())
+    assert torch.equal(found.permute(2, 1, 0), 4 * structure())
+    assert len(seen) == 8 * 4
 
 
 def test_the_assembled_matrix_is_the_hamilton_product_in_whole_numbers():

@@ -195,11 +195,16 @@ def test_both_forms_agree_in_single_precision(make, shape):
 
 
 def test_auto_takes_the_form_by_size():
-    assert not QuaternionLinear(2048, 2044, device="meta").is_fast()
-    assert QuaternionLinear(2048, 2048, device="meta").is_fast()
-    assert QuaternionConv2d(256, 512, 3, device="meta").is_fast()
-    assert not QuaternionConv2d(256, 512, 3, groups=2, device="meta").is_fast()
-    assert QuaternionConv2d(8, 8, 3, algorithm="fast", device="meta").is_fast()
+    many = 1 << 13
+    assert not QuaternionLinear(2048, 1532, device="meta").is_fast(many)
+    assert QuaternionLinear(2048, 1536, device="meta").is_fast(many)
+    assert not QuaternionLinear(2048, 1536, device="meta").is_fast(1)
+    assert QuaternionConv2d(256, 512, 3, device="meta").is_fast(many)
+    assert not QuaternionConv2d(256, 512, 3, device="meta").is_fast(0)
+    assert not QuaternionConv2d(256, 512, 3, groups=2, device="meta").is_fast(many)
+    assert not QuaternionConv2d(256, 512, 3, stride=2, device="meta").is_fast(many)
+    assert QuaternionConv2d(8, 8, 3, algorithm="fast", device="meta").is_fast(1)
+    assert not QuaternionConv2d(1024, 1024, 3, algorithm="dense", device="meta").is_fast(many)
 
 
 def parameters(*layers):

@@ -1,5 +1,6 @@
 """Quaternion convolutions of one, two and three dimensions."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -10,12 +11,10 @@ from torch.nn.modules.utils import _ntuple, _reverse_repeat_tuple
 from evenkeel.errors import ConfigError, ShapeError, nearest
 from evenkeel.quaternion.init import Init
 from evenkeel.quaternion.layer import Algorithm, QuaternionLayer, require_quaternions
-from evenkeel.quaternion.product import gathered, spread
+from evenkeel.quaternion.product import in_eight
 
 Size = int | Sequence[int]
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
-FAST_FROM = 256
-"""Channels of a group, of the smaller side, from which on eight products are the faster."""
 
 
 class QuaternionConvNd(QuaternionLayer):
@@ -59,9 +58,11 @@ class QuaternionConvNd(QuaternionLayer):
         inputs, outputs = in_channels // 4, out_channels // 4
         # As torch has it, a transposed one has its inputs first.
         axes = (inputs, outputs // groups) if self.transposed else (outputs, inputs // groups)
-        wide = min(in_channels, out_channels) // groups >= FAST_FROM
+        # With a stride, more is read for each output that is written; transposed, more is written.
+        terms = min(in_channels, out_channels) // groups * math.prod(kernel)
+        terms //= math.prod(each(stride))
         super().__init__(
-            (*axes, *kernel), out_channels if bias else None, wide, algorithm, init, device, dtype
+            (*axes, *kernel), out_channels if bias else None, terms, algorithm, init, device, dtype
         )
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size: tuple[int, ...] = kernel
@@ -129,13 +130,14 @@ class _QuaternionConv(QuaternionConvNd):
     def forward(self, x: Tensor) -> Tensor:
         """The convolution, by one form or the other."""
         self.require_channels(x)
-        if not self.is_fast():
+        if not self.is_fast(x.numel() // self.in_channels // math.prod(self.stride)):
             return self.with_kernel(x, self.kernel(fast=False))
         # Groups stand inside of the parts on both sides, so each product keeps its own.
-        planes = spread(x.unflatten(1, (4, -1))).flatten(1, 2)
-        kernel = self.kernel(fast=True).flatten(0, 1)
-        y = gathered(self._convolved(planes, kernel, None, 8 * self.groups).unflatten(1, (8, -1)))
-        return biased(y.flatten(1, 2), self.bias)
+        y = in_eight(x, self.kernel(fast=True), self._product)
+        return biased(y, self.bias)
+
+    def _product(self, x: Tensor, kernel: Tensor) -> Tensor:
+        return self._convolved(x, kernel, None, self.groups)
 
     def with_kernel(self, x: Tensor, kernel: Tensor) -> Tensor:
         """The convolution with a real kernel (out_channels, in_channels / groups, *kernel_size)."""

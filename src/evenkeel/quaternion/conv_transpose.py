@@ -12,7 +12,7 @@ from evenkeel.quaternion.algebra import conjugate
 from evenkeel.quaternion.conv import QuaternionConvNd, Size, biased
 from evenkeel.quaternion.init import Init
 from evenkeel.quaternion.layer import Algorithm
-from evenkeel.quaternion.product import assembled, eight, gathered, spread
+from evenkeel.quaternion.product import assembled, eight, in_eight
 
 
 class _QuaternionConvTranspose(QuaternionConvNd):
@@ -58,12 +58,13 @@ class _QuaternionConvTranspose(QuaternionConvNd):
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The transposed convolution, by one form or the other."""
         self.require_channels(x)
-        if not self.is_fast():
+        if not self.is_fast(x.numel() // self.in_channels):
             return self.with_kernel(x, self.kernel(fast=False), output_size)
-        planes = spread(x.unflatten(1, (4, -1))).flatten(1, 2)
-        kernel = self.kernel(fast=True).flatten(0, 1)
-        y = self._convolved(planes, kernel, None, 8 * self.groups, output_size)
-        return biased(gathered(y.unflatten(1, (8, -1))).flatten(1, 2), self.bias)
+
+        def product(part: Tensor, kernel: Tensor) -> Tensor:
+            return self._convolved(part, kernel, None, self.groups, output_size)
+
+        return biased(in_eight(x, self.kernel(fast=True), product), self.bias)
 
     def with_kernel(
         self, x: Tensor, kernel: Tensor, output_size: list[int] | None = None

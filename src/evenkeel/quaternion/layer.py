@@ -12,6 +12,8 @@ from evenkeel.quaternion.init import Init, Scale, quaternion_init_
 from evenkeel.quaternion.product import assembled, eight
 
 Algorithm = Literal["auto", "dense", "fast"]
+FAST_FROM, WORTH = 1536, 400e6
+"""Terms of a sum, and multiplications in all, from which on eight products are the faster."""
 
 
 class QuaternionLayer(nn.Module):
@@ -21,8 +23,8 @@ class QuaternionLayer(nn.Module):
         weight: (4, outputs, inputs, ...), counted in quaternions; real parts first.
         bias: (outputs,), counted in real numbers; None for none.
         algorithm: "dense": one real product with the assembled weight. "fast": eight products of a
-            quarter of the width, half of the arithmetic. "auto": the latter where it is ``wide``.
-        wide: whether it is of a size from which on eight products are the faster.
+            quarter of the width, half of the arithmetic. "auto": the latter where it is the faster.
+        terms: real numbers that are multiplied for each one that is read or written besides.
     """
 
     weight: nn.Parameter
@@ -33,7 +35,7 @@ class QuaternionLayer(nn.Module):
         self,
         shape: tuple[int, ...],
         bias: int | None,
-        wide: bool,
+        terms: int,
         algorithm: Algorithm,
         init: Init,
         device: Any,
@@ -46,7 +48,7 @@ class QuaternionLayer(nn.Module):
         super().__init__()
         where = {"device": device, "dtype": dtype}
         self.algorithm: Algorithm = algorithm
-        self.wide = wide
+        self.terms = terms
         self.init: Init = init
         self.weight = nn.Parameter(torch.empty(4, *shape, **where))
         self.bias = None if bias is None else nn.Parameter(torch.empty(bias, **where))
@@ -59,9 +61,13 @@ class QuaternionLayer(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def is_fast(self) -> bool:
-        """Whether the eight products are taken."""
-        return self.algorithm == "fast" or (self.algorithm == "auto" and self.wide)
+    def is_fast(self, positions: int) -> bool:
+        """Whether eight products are taken, where the weight is applied at so many positions."""
+        if self.algorithm != "auto":
+            return self.algorithm == "fast"
+        if self.terms < FAST_FROM or torch.compiler.is_compiling():  # for positions of any number
+            return self.terms >= FAST_FROM
+        return positions * 4 * self.weight.numel() >= WORTH
 
     def made(self, fast: bool) -> Tensor:
         """The weight as a product takes it."""

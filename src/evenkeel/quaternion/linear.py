@@ -8,10 +8,7 @@ from torch.nn import functional as F
 from evenkeel.errors import ShapeError
 from evenkeel.quaternion.init import Init, Scale
 from evenkeel.quaternion.layer import Algorithm, QuaternionLayer, require_quaternions
-from evenkeel.quaternion.product import gathered, spread
-
-FAST_FROM = 2048
-"""Features, of the smaller side, from which on eight products are the faster."""
+from evenkeel.quaternion.product import in_eight
 
 
 class QuaternionLinear(QuaternionLayer):
@@ -54,9 +51,9 @@ class QuaternionLinear(QuaternionLayer):
     ) -> None:
         require_quaternions(in_features=in_features, out_features=out_features)
         shape = (out_features // 4, in_features // 4)
-        wide = min(in_features, out_features) >= FAST_FROM
+        terms = min(in_features, out_features)
         outputs = out_features if bias else None
-        super().__init__(shape, outputs, wide, algorithm, init, device, dtype)
+        super().__init__(shape, outputs, terms, algorithm, init, device, dtype)
         self.in_features, self.out_features = in_features, out_features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,11 +63,9 @@ class QuaternionLinear(QuaternionLayer):
                 f"The layer needs {self.in_features} features on the last axis; got shape "
                 f"{tuple(x.shape)}."
             )
-        if not self.is_fast():
+        if not self.is_fast(x.numel() // self.in_features):
             return F.linear(x, self.kernel(fast=False), self.bias)
-        rows = x.reshape(-1, 4, self.in_features // 4)
-        products = spread(rows).transpose(0, 1) @ self.kernel(fast=True).mT
-        y = gathered(products.transpose(0, 1)).reshape(*x.shape[:-1], self.out_features)
+        y = in_eight(x, self.kernel(fast=True), F.linear, -1)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

@@ -11,8 +11,12 @@ Cariow and Cariowa, "Fast algorithms for quaternion-valued convolutional neural 
 Transactions on Neural Networks and Learning Systems 32, 2021.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Product = Callable[[Tensor, Tensor], Tensor]
 
 _PART = ((0, 1, 2, 3), (1, 0, 3, 2), (2, 3, 0, 1), (3, 2, 1, 0))
 _SIGN = ((1, -1, -1, -1), (1, 1, -1, 1), (1, 1, 1, -1), (1, -1, 1, 1))
@@ -48,18 +52,28 @@ def eight(weight: Tensor) -> Tensor:
     return torch.stack([*quarters, 2 * a, -2 * c, -2 * d, -2 * b])
 
 
-def spread(x: Tensor) -> Tensor:
-    """What they have on the side of the inputs: (N, 4, ...) -> (N, 8, ...)."""
-    pairs = x.unflatten(1, (2, 2))
-    plus, minus = pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]
-    (s, t), (u, v) = plus.unbind(1), minus.unbind(1)
-    return torch.cat([torch.stack([s + t, u + v, s - t, u - v], 1), x], 1)
+def in_eight(x: Tensor, kernels: Tensor, product: Product, axis: int = 1) -> Tensor:
+    """The quaternions w * x by eight products.
 
+    Sums are taken in place and in the order in which least memory is held: in a small layer, asking
+    for memory takes longer than adding.
 
-def gathered(y: Tensor) -> Tensor:
-    """From the eight products to the quaternions: (N, 8, ...) -> (N, 4, ...)."""
-    pairs = y[:, :4].unflatten(1, (2, 2))
-    plus, minus = pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]
-    (s, t), (u, v) = plus.unbind(1), minus.unbind(1)
-    r, k, i, j = y[:, 4:].unbind(1)
-    return torch.stack([r - (s + t), i + (u + v), j + (s - t), k + (u - v)], 1)
+    Args:
+        x: its parts lie one after the other along ``axis``.
+        kernels: (8, ...) from :func:`eight`.
+        product: of a part or a sum of parts with one of the kernels, as a new tensor.
+        axis: also that of the results' parts.
+    """
+    a, b, c, d = x.chunk(4, axis)
+    r, k, i, j = map(product, (a, b, c, d), kernels[4:])
+    s, t = a + b, c + d
+    y0, y2 = product(s + t, kernels[0]), product(s.sub_(t), kernels[2])
+    s, t = a - b, c - d
+    y1, y3 = product(s + t, kernels[1]), product(s.sub_(t), kernels[3])
+    s, t = y0 + y1, y2 + y3
+    r.sub_(s).sub_(t)
+    j.add_(s).sub_(t)
+    s, t = y0.sub_(y1), y2.sub_(y3)
+    i.add_(s).add_(t)
+    k.add_(s).sub_(t)
+    return torch.cat([r, i, j, k], axis)
