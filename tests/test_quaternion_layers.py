@@ -14,6 +14,8 @@ from torch.nn.utils import parametrize
 
 from evenkeel import quaternion
 from evenkeel.analog import PCM, Gain, program
+from evenkeel.bench import quaternion as bench
+from evenkeel.bench import timing
 from evenkeel.errors import ConfigError, ShapeError
 from evenkeel.layers import weight_layer
 from evenkeel.quaternion import (
@@ -701,3 +703,26 @@ def test_on_devices_the_four_copies_of_a_number_are_no_longer_alike(name):
 def test_a_transposed_convolution_stays_digital_and_says_so():
     net = nn.Sequential(QuaternionLinear(8, 8), QuaternionConvTranspose2d(8, 8, 3))
     assert "QuaternionConvTranspose2d" in program(net, PCM(), seed=0).digital["1"]
+
+
+@pytest.mark.parametrize("way", bench.WAYS)
+def test_the_bench_times_every_form(way, monkeypatch):
+    monkeypatch.setattr(timing, "BLOCK_S", 1e-3)
+    monkeypatch.setattr(bench, "SIZE", 4)
+    rows = [row for row in bench.bench(channels=(8,), rounds=1) if row["way"] == way]
+    names = ["assembled", "dense", "fast", "auto", "real"]
+    assert [(row["kernel"], row["layer"]) for row in rows] == [
+        (k, n) for k in (1, 3) for n in names
+    ]
+    assert rows[0]["ratio"] == 1
+    assert all(row["median_ms"] > 0 for row in rows)
+    assert [row["parameters"] for row in rows[:5]] == [24, 24, 24, 24, 72]
+
+
+def test_what_is_compared_with_is_the_same_convolution():
+    named = bench.layers(8, 3)
+    for name in ("dense", "fast", "auto"):
+        named[name].load_state_dict(named["assembled"].state_dict())
+    x = torch.randn(2, 8, 5, 5)
+    for name in ("dense", "fast", "auto"):
+        close(named[name](x), named["assembled"](x))

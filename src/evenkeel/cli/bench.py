@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,9 +17,47 @@ from evenkeel.errors import ConfigError
 from evenkeel.files import require_writable_folder, write_atomically
 from evenkeel.provenance import environment
 
+What = Literal["norm", "memory", "quaternion"]
+Row = dict[str, Any]
+Columns = dict[str, Callable[[Row], str]]
+
+TIMES: Columns = {
+    "ms": lambda row: f"{row['median_ms']:.2f}",
+    "ratio": lambda row: f"{row['ratio']:.2f}",
+}
+COLUMNS: dict[What, Columns] = {
+    "norm": {
+        "shape": lambda row: "x".join(map(str, row["shape"])),
+        "layout": lambda row: row["layout"],
+        "way": lambda row: row["way"],
+        "layer": lambda row: row["layer"],
+        **TIMES,
+        "kept": lambda row: str(row["activations_kept"] or ""),
+    },
+    "memory": {
+        "keys": lambda row: f"{row['keys']:,}",
+        "way": lambda row: row["way"],
+        **TIMES,
+        "MB": lambda row: f"{row['bytes'] / 1e6:.2f}",
+    },
+    "quaternion": {
+        "kernel": lambda row: f"{row['kernel']}x{row['kernel']}",
+        "channels": lambda row: str(row["channels"]),
+        "way": lambda row: row["way"],
+        "layer": lambda row: row["layer"],
+        **TIMES,
+        "parameters": lambda row: f"{row['parameters']:,}",
+    },
+}
+NOTES: dict[What, str] = {
+    "norm": "ratio: to batch norm in the same round; kept: activations kept for backward.",
+    "memory": "Top 5 of 100 queries, 512 bits a vector; ratio: to faiss in the same round.",
+    "quaternion": "Batch 8, 32 x 32; ratio: to the kernel that is assembled at each forward.",
+}
+
 
 def bench(
-    what: Literal["norm", "memory"],
+    what: What,
     /,
     *,
     device: str = "cpu",
@@ -34,10 +73,11 @@ def bench(
     what
         norm: normalizers, forward and backward, against torch's batch norm; eager and compiled.
         memory: search among binary vectors, against faiss, and torchhd where it is installed.
+        quaternion: convolutions by both forms of their products, against real ones.
     device
         cpu or cuda; memory is timed on the CPU.
     compiled
-        Whether to time compiled layers too.
+        norm: whether to time compiled layers too.
     rounds
         Blocks of each; the ratio is the median over them.
     threads
@@ -62,21 +102,9 @@ def bench(
         def show(done: int, total: int) -> None:
             bar.update(job, completed=done, total=total)
 
-        if what == "norm":
-            from evenkeel.bench import norm
-
-            rows = norm.bench(device, compiled=compiled, rounds=rounds, progress=show)
-        else:
-            from evenkeel.bench import memory
-
-            rows = memory.bench(rounds=rounds, progress=show)
-    console.print(_norm_table(rows) if what == "norm" else _memory_table(rows))
-    console.print(
-        "ratio: to batch norm in the same round; kept: activations kept for backward."
-        if what == "norm"
-        else "Top 5 of 100 queries, 512 bits a vector; ratio: to faiss in the same round.",
-        highlight=False,
-    )
+        rows = _rows(what, device, compiled, rounds, show)
+    console.print(_table(rows, COLUMNS[what]))
+    console.print(NOTES[what], highlight=False)
     if json_file is not None:
         facts = {
             "command": shlex.join(["evenkeel", *sys.argv[1:]]),
@@ -87,29 +115,24 @@ def bench(
         write_atomically(json_file, (json.dumps(facts, indent=1) + "\n").encode())
 
 
-def _norm_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("shape", "layout", "way", "layer", "ms", "ratio", "kept", box=None)
-    for row in rows:
-        table.add_row(
-            "x".join(map(str, row["shape"])),
-            row["layout"],
-            row["way"],
-            row["layer"],
-            f"{row['median_ms']:.3f}",
-            f"{row['ratio']:.2f}",
-            "" if row["activations_kept"] is None else str(row["activations_kept"]),
-        )
-    return table
+def _rows(
+    what: What, device: str, compiled: bool, rounds: int, progress: Callable[[int, int], None]
+) -> list[Row]:
+    if what == "norm":
+        from evenkeel.bench import norm
+
+        return norm.bench(device, compiled=compiled, rounds=rounds, progress=progress)
+    if what == "quaternion":
+        from evenkeel.bench import quaternion
+
+        return quaternion.bench(device, rounds=rounds, progress=progress)
+    from evenkeel.bench import memory
+
+    return memory.bench(rounds=rounds, progress=progress)
 
 
-def _memory_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("keys", "way", "ms", "ratio", "MB", box=None)
+def _table(rows: list[Row], columns: Columns) -> Table:
+    table = Table(*columns, box=None)
     for row in rows:
-        table.add_row(
-            f"{row['keys']:,}",
-            row["way"],
-            f"{row['median_ms']:.2f}",
-            f"{row['ratio']:.2f}",
-            f"{row['bytes'] / 1e6:.2f}",
-        )
+        table.add_row(*(text(row) for text in columns.values()))
     return table
