@@ -540,7 +540,7 @@ def test_what_stays_digital_is_told_with_the_reason():
         {
             "linear": nn.Linear(2, 2),
             "out": nn.Linear(2, 2),
-            "up": nn.ConvTranspose2d(2, 2, 2),
+            "two": nn.Bilinear(2, 2, 2),
             "lstm": nn.LSTM(2, 2),
             "attention": nn.MultiheadAttention(4, 2),
             "tokens": nn.Embedding(3, 2),
@@ -553,7 +553,7 @@ def test_what_stays_digital_is_told_with_the_reason():
     cannot = "is not a kind of layer that can be programmed"
     assert chip.digital == {
         "out": "left out by `layers`",
-        "up": f"ConvTranspose2d {cannot}",
+        "two": f"Bilinear {cannot}",
         "lstm": f"LSTM {cannot}",
         "attention": f"MultiheadAttention {cannot}",
         "tokens": f"Embedding {cannot}",
@@ -606,12 +606,12 @@ def test_parametrized_layers_are_programmed(name):
 
 
 def test_parametrized_layers_that_stay_digital_are_told_by_their_own_name():
-    kinds = {"up": nn.ConvTranspose2d(2, 2, 2), "out": nn.Linear(2, 2), "in": nn.Linear(2, 2)}
+    kinds = {"two": nn.Bilinear(2, 2, 2), "out": nn.Linear(2, 2), "in": nn.Linear(2, 2)}
     net = nn.ModuleDict({k: parametrizations.weight_norm(layer) for k, layer in kinds.items()})
     chip = program(net, PCM(), seed=3, layers=["in"])
-    assert sorted(chip.digital) == ["out", "up"]
+    assert sorted(chip.digital) == ["out", "two"]
     assert chip.digital["out"] == "left out by `layers`"
-    assert "ConvTranspose2d is not a kind of layer" in chip.digital["up"]
+    assert "Bilinear is not a kind of layer" in chip.digital["two"]
 
 
 def pruned(layer: nn.Linear) -> nn.Module:
@@ -819,7 +819,7 @@ def test_compensation_refuses_another_granularity(net):
 
 
 def test_clipping_to_deviations(net):
-    net.add_module("up", nn.ConvTranspose2d(2, 2, 2))
+    net.add_module("two", nn.Bilinear(2, 2, 2))
     before = {k: v.clone() for k, v in net.state_dict().items()}
     clipped = clip_weights_(net, 1.2)
     assert sorted(clipped) == ["depthwise", "head", "stem"]

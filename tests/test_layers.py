@@ -100,6 +100,11 @@ class PlainSubclass(nn.Linear):
     """Keeps the parent's forward, as torch's own ``NonDynamicallyQuantizableLinear`` does."""
 
 
+class Up(nn.ConvTranspose2d):
+    def forward(self, x):
+        return super().forward(x)
+
+
 class Doubling(nn.Linear):
     def forward(self, x):
         return F.linear(x, 2 * self.weight, self.bias)
@@ -126,7 +131,7 @@ def test_a_subclass_with_its_parents_forward_is_known(layer):
     [
         Doubling(4, 3),
         Standardized(1, 1, 3),
-        nn.ConvTranspose2d(2, 2, 3),
+        Up(2, 2, 3),
         nn.Bilinear(2, 2, 2),
         nn.Embedding(3, 2),
         nn.LSTM(2, 2),
@@ -160,6 +165,26 @@ def test_parametrized_layers_are_known(name, layer):
     assert not torch.allclose(kind.forward(layer, x, kind.matrix(layer)), plain(x))
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"stride": 2, "output_padding": 1, "padding": 1}, {"groups": 2}, {"dilation": 2}],
+    ids=str,
+)
+def test_transposed_convolutions_are_a_matrix(rank, options):
+    layer = getattr(nn, f"ConvTranspose{rank}d")(4, 6, 3, **options).double()
+    kind, x = weight_layer(layer), torch.randn(2, 4, *[5] * rank, dtype=torch.float64)
+    matrix = kind.matrix(layer)
+    assert matrix.shape == (6, 4 // layer.groups * 3**rank)
+    assert torch.equal(kind.weight(layer, matrix), layer.weight)
+    torch.testing.assert_close(kind.forward(without_weight(layer), x, matrix), layer(x))
+    only_one = torch.zeros_like(matrix)
+    only_one[4] = matrix[4]  # a row is an output channel
+    y = kind.forward(without_weight(layer), x, only_one)
+    torch.testing.assert_close(y[:, 4], layer(x)[:, 4])
+    torch.testing.assert_close(y[:, :4], layer.bias[:4].view(-1, *[1] * rank).expand_as(y[:, :4]))
+
+
 # ---- the user's own kinds
 
 
@@ -183,13 +208,13 @@ class TransposedWeights:
 
 @pytest.mark.usefixtures("_registry")
 def test_a_kind_of_ones_own():
-    layer, x = nn.ConvTranspose2d(3, 5, 2, stride=2), torch.randn(2, 3, 4, 4)
+    layer, x = Up(3, 5, 2, stride=2), torch.randn(2, 3, 4, 4)
     assert weight_layer(layer) is None
-    register_weight_layer(nn.ConvTranspose2d, TransposedWeights())
+    register_weight_layer(Up, TransposedWeights())
     kind = weight_layer(layer)
     assert kind.matrix(layer).shape == (5, 12)
     torch.testing.assert_close(kind.forward(without_weight(layer), x, kind.matrix(layer)), layer(x))
-    assert weight_layer(nn.ConvTranspose1d(2, 2, 1)) is None
+    assert weight_layer(nn.Bilinear(2, 2, 1)) is None
     assert weight_layer(nn.Linear(2, 2)) is not None
 
 

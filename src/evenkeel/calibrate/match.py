@@ -235,7 +235,7 @@ def matched_paths(model: nn.Module) -> dict[str, int]:
 
 def channel_dim(layer: nn.Module) -> int:
     """Axis of a layer's output that its weights' rows stand for."""
-    return -1 if isinstance(layer, nn.Linear) else 1
+    return -1 if hasattr(layer, "out_features") else 1
 
 
 class _Outputs:

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 Columns = dict[str, Callable[[Row], str]]
 
 TIMES: Columns = {
-    "ms": lambda row: f"{row['median_ms']:.2f}",
+    "ms": lambda row: f"{row['median_ms']:.3f}",
     "ratio": lambda row: f"{row['ratio']:.2f}",
 }
 COLUMNS: dict[What, Columns] = {

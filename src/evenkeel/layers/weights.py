@@ -69,11 +69,43 @@ class ConvWeights:
         return y
 
 
+class ConvTransposeWeights:
+    """``nn.ConvTranspose{1,2,3}d``: one row per output channel, all that may reach it along it."""
+
+    def matrix(self, layer: nn.ConvTranspose2d) -> Tensor:
+        """(out_channels, in_channels / groups * kernel size)."""
+        return outputs_first(layer.weight, layer.groups).flatten(1)
+
+    def weight(self, layer: nn.ConvTranspose2d, matrix: Tensor) -> Tensor:
+        """(in_channels, out_channels / groups, *kernel)."""
+        shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+        return outputs_first(matrix.view(shape), layer.groups)
+
+    def forward(self, layer: nn.ConvTranspose2d, x: Tensor, matrix: Tensor) -> Tensor:
+        """Same as the layer's own forward."""
+        rank = len(layer.kernel_size)
+        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
+        options: Any = (
+            layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation,
+        )  # fmt: skip
+        y: Tensor = convolve(x, self.weight(layer, matrix), layer.bias, *options)
+        return y
+
+
+def outputs_first(weight: Tensor, groups: int) -> Tensor:
+    """A weight (inputs, outputs / groups, ...) as (outputs, inputs / groups, ...); and back."""
+    swapped: Tensor = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return swapped
+
+
 _KINDS: dict[type[nn.Module], WeightLayer] = {
     nn.Linear: LinearWeights(),
     nn.Conv1d: ConvWeights(),
     nn.Conv2d: ConvWeights(),
     nn.Conv3d: ConvWeights(),
+    nn.ConvTranspose1d: ConvTransposeWeights(),
+    nn.ConvTranspose2d: ConvTransposeWeights(),
+    nn.ConvTranspose3d: ConvTransposeWeights(),
 }
 
 
