@@ -105,11 +105,13 @@ def test_eight_multiplications_are_the_hamilton_product_in_whole_numbers():
     units = torch.eye(4, dtype=DOUBLE)
     left, seen = eight(4 * units), []
 
-    def product(x, kernel):
+    def product(x, kernel, bias):
         seen.append(x)
         return x * kernel
 
-    found = torch.stack([in_eight(units, kernels.view(8, 1, 1), product) for kernels in left.T], 1)
+    found = torch.stack(
+        [in_eight(units, kernels.view(8, 1, 1), None, product) for kernels in left.T], 1
+    )
     assert torch.equal(left, left.round())
     assert torch.equal(found.permute(2, 1, 0), 4 * structure())
     assert len(seen) == 8 * 4

@@ -80,21 +80,21 @@ def test_charts_take_their_colours_from_the_page(audit):
 
 
 def test_what_stayed_digital_is_told(data, tmp_path):
-    class Upsampled(nn.Module):
+    class Multiplied(nn.Module):
         def __init__(self):
             super().__init__()
-            self.up = nn.ConvTranspose2d(1, 2, 2, 2)
-            self.classifier = nn.Linear(2 * 16 * 16, 10)
+            self.two = nn.Bilinear(64, 64, 20)
+            self.classifier = nn.Linear(20, 10)
 
         def forward(self, x):
-            return self.classifier(self.up(x).flatten(1))
+            return self.classifier(self.two(x.flatten(1), x.flatten(1)))
 
     result = ek.audit(
-        Upsampled(), data, devices=["gain:0.9"], chips=2, store=":memory:", workers=0,
+        Multiplied(), data, devices=["gain:0.9"], chips=2, store=":memory:", workers=0,
         remedies=["none"],
     )  # fmt: skip
     text = text_of(result.report(tmp_path / "r.html").read_text())
-    assert "ConvTranspose2d is not a kind of layer that can be programmed" in text
+    assert "Bilinear is not a kind of layer that can be programmed" in text
 
 
 def test_nothing_a_user_names_becomes_markup(data, tmp_path):

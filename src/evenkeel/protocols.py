@@ -108,7 +108,11 @@ Remedy = SharedRemedy | ChipRemedy
 
 
 class Task(Protocol):
-    """What a batch, a prediction and the metric are."""
+    """What a batch, a prediction and the metric are.
+
+    A metric that is not in points of 100 has a ``unit``, such as "dB", of which one is as much as a
+    point; higher is better there too.
+    """
 
     @property
     def metric(self) -> str:

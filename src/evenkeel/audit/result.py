@@ -83,6 +83,11 @@ class Audit:
         return self._work.plan.task.metric
 
     @property
+    def unit(self) -> str:
+        """What it is measured in: "%" for points of 100."""
+        return self.cells[0].unit
+
+    @property
     def best_remedy(self) -> str:
         """Name of the remedy recommended for the first device."""
         return self._work.plan.rows[self.verdicts[0].row].name
@@ -128,7 +133,8 @@ class Audit:
         from rich.table import Table
 
         table = Table(
-            title=f"{escape(self.network)}: {self.metric} in %; digital {self.digital:.1f}",
+            title=f"{escape(self.network)}: {self.metric} in {self.unit}; "
+            f"digital {self.digital:.1f}",
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
             pad_edge=False,
@@ -145,7 +151,7 @@ class Audit:
             row = [
                 "" if here == above else escape(here),
                 escape(cell.remedy),
-                points(cell).removesuffix(" %"),
+                points(cell).removesuffix(f" {self.unit}"),
                 f"{cell.worst:.1f} (#{cell.worst_chip})",
                 "" if cell.gain is None else _signed(cell),
             ]
@@ -165,6 +171,7 @@ class Audit:
             "verdict": self.verdict,
             "network": self.network,
             "metric": self.metric,
+            "unit": self.unit,
             "digital": self.digital,
             "digital_interval": self.digital_interval,
             "floor": self.floor,
@@ -194,7 +201,7 @@ class Audit:
             coords={"device": devices, "age_s": ages, "remedy": remedies, "chip": chips},
             dims=("device", "age_s", "remedy", "chip"),
             name=self.metric.replace(" ", "_"),
-            attrs={"units": "percent", "digital": self.digital},
+            attrs={"units": "percent" if self.unit == "%" else self.unit, "digital": self.digital},
         )
         for c in self.cells:
             for chip, value in c.chips.items():
@@ -258,6 +265,7 @@ def summarize_all(
             reference=values((device, age_s, 0)) if row else None,
             digital=digital,
             floor=floor,
+            unit=getattr(plan.task, "unit", "%"),
         )
 
     return [cell_of(cell) for cell in plan.cells()]

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of remedies on one device at one age, over all its chips. In points of 100.
+    """One row of remedies on one device at one age, over all its chips, in the task's unit.
 
     Attributes:
         device: the device's name.
@@ -32,6 +32,7 @@ class Cell:
         yielded: share of chips at or above the floor; None without a floor.
         yield_low: lower end of its 95 % interval (Clopper and Pearson).
         yield_high: its upper end.
+        unit: of all values.
     """
 
     device: str
@@ -54,6 +55,7 @@ class Cell:
     yielded: float | None
     yield_low: float | None
     yield_high: float | None
+    unit: str = "%"
 
     @property
     def half_width(self) -> float:
@@ -114,6 +116,7 @@ def summarize(
     reference: dict[int, float] | None,
     digital: float,
     floor: float | None,
+    unit: str = "%",
 ) -> Cell:
     """The figures of one cell.
 
@@ -127,6 +130,7 @@ def summarize(
         reference: the first row's values; chips are compared one by one. None for that row itself.
         digital: the digital network's value.
         floor: what a chip must reach to count as good.
+        unit: of all values.
     """
     values = list(chips.values())
     interval = t_interval(values)
@@ -163,4 +167,5 @@ def summarize(
         yielded=good / len(values) if good is not None else None,
         yield_low=yield_interval[0],
         yield_high=yield_interval[1],
+        unit=unit,
     )

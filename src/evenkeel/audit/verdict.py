@@ -69,7 +69,11 @@ def judge(rows: Sequence[Row], cells: Sequence[Sequence[Cell]], device: str) -> 
 
 def points(cell: Cell) -> str:
     """Mean and half its interval, such as "98.5 ± 0.2 %"."""
-    return f"{cell.mean:.1f}" + ("" if cell.low is None else f" ± {cell.half_width:.1f}") + " %"
+    return (
+        f"{cell.mean:.1f}"
+        + ("" if cell.low is None else f" ± {cell.half_width:.1f}")
+        + f" {cell.unit}"
+    )
 
 
 def sentences(
@@ -86,10 +90,12 @@ def sentences(
 ) -> list[str]:
     """The verdict in words, the most important first."""
     worst, raw = verdict.worst, verdict.worst_raw
+    unit = worst.unit
+    one, many = ("point", "points") if unit == "%" else (unit, unit)
     test = (
         ""
         if digital_interval is None
-        else f" (95 % interval {digital_interval[0]:.1f} to {digital_interval[1]:.1f} % with "
+        else f" (95 % interval {digital_interval[0]:.1f} to {digital_interval[1]:.1f} {unit} with "
         f"{test_samples} test samples)"
     )
     ages = len(verdict.raw) > 1
@@ -97,7 +103,7 @@ def sentences(
     plain = not (first.per_chip or first.is_shared)
     at = f" {_when(raw.age_s)}" if ages and same else ""
     said = [
-        f"{network} has {metric} {digital:.1f} % in digital arithmetic{test}; "
+        f"{network} has {metric} {digital:.1f} {unit} in digital arithmetic{test}; "
         f"on {verdict.device}{at} "
         + ("it keeps " if plain else f"with {first.title} it keeps ")
         + points(raw)
@@ -106,12 +112,12 @@ def sentences(
             f", and with {row.title} {points(worst)}"
             + ("." if same else f" at its worst, {_when(worst.age_s)}.")
             if worst.remedy != raw.remedy
-            else ". No remedy tried raises its worst age by more than half a point."
+            else f". No remedy tried raises its worst age by more than half a {one}."
         )
     ]
     if worst.remedy != raw.remedy:
         said.append(
-            f"“{worst.remedy}” is the cheapest remedy within {WITHIN} points of the best: it takes "
+            f"“{worst.remedy}” is the cheapest remedy within {WITHIN} {many} of the best: it takes "
             f"{EFFORTS[row.effort]}, and no retraining."
         )
         best = next((c for c in verdict.best if c.age_s == worst.age_s), worst)
@@ -120,15 +126,16 @@ def sentences(
     if len(worst.chips) > 1:
         said.append(
             f"The worst of {len(worst.chips)} chips is chip {worst.worst_chip} with "
-            f"{worst.worst:.1f} %." + ("" if floor is None else _yield(worst, floor))
+            f"{worst.worst:.1f} {unit}." + ("" if floor is None else _yield(worst, floor))
         )
     return said
 
 
 def _yield(cell: Cell, floor: float) -> str:
+    low, high = 100 * (cell.yield_low or 0), 100 * (cell.yield_high or 0)
     return (
-        f" Yield: {100 * (cell.yielded or 0):.0f} % of chips reach {floor:g} % (95 % interval "
-        f"{100 * (cell.yield_low or 0):.0f} to {100 * (cell.yield_high or 0):.0f} %)."
+        f" Yield: {100 * (cell.yielded or 0):.0f} % of chips reach {floor:g} {cell.unit} "
+        f"(95 % interval {low:.0f} to {high:.0f} %)."
     )
 
 

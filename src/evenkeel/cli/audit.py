@@ -74,7 +74,7 @@ def audit(
     test_samples
         Test on the first so many only; a sweep need not see them all.
     task
-        classify, regress, or module:Class.
+        classify, regress, reconstruct (pictures), or module:Class.
     device
         Names, with levels: pcm gaussian:0.05 stuck_at:0.01, or module:Class. The verdict is on the
         first. `evenkeel devices` lists them. Default: pcm; without MODEL also some levels of
@@ -91,7 +91,7 @@ def audit(
         Go on adding chips until the 95 % interval of every mean is at most this many points to
         each side.
     floor
-        What a chip must reach to count as good, in percent; gives the yield.
+        What a chip must reach to count as good, in percent or the task's unit; gives the yield.
     seed
         Of the first chip.
     workers

@@ -5,8 +5,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from evenkeel.data.dataset import Data, batched
 from evenkeel.data.folder import image_files, pixels_of
 from evenkeel.errors import ConfigError
+
+SIDE, CALIBRATION = 256, 8
+
+
+def kodak(folder: str | Path) -> Data:
+    """The middle 256 x 256 pixels of the 24 pictures: 8 to calibrate with, 16 to test on."""
+    squares = torch.stack([middle(image, SIDE) for image in pictures(folder).values()])
+    return Data("kodak", batched(squares[CALIBRATION:]), batched(squares[:CALIBRATION]))
+
+
+def middle(image: Tensor, side: int) -> Tensor:
+    """So many pixels of each side (C, H, W), or all, from the middle."""
+    height, width = (min(n, side) for n in image.shape[1:])
+    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    return image[:, top : top + height, left : left + width]
 
 
 def pictures(folder: str | Path) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from evenkeel.data.cifar10 import cifar10, cifar10_train
 from evenkeel.data.dataset import Data
 from evenkeel.data.folder import SUFFIXES, pictures_digest
 from evenkeel.data.mnist import mnist, mnist_train
+from evenkeel.data.pictures import kodak
 from evenkeel.errors import ConfigError, nearest
 
 ROOT_VARIABLE = "EVENKEEL_DATA"
@@ -133,6 +134,7 @@ SETS: Mapping[str, StandardSet] = {
         urls=tuple(f"https://r0k.us/graphics/kodak/kodak/kodim{k:02d}.png" for k in range(1, 25)),
         notice="Kodak lossless true colour suite, released by the Eastman Kodak Company for "
         "unrestricted usage.",
+        read=kodak,
     ),
 }
 
@@ -180,7 +182,10 @@ def read_training_set(name: str, root: str | Path | None = None) -> tuple[Tensor
     """All training inputs and labels of a set."""
     read = standard_set(name).read_train
     if read is None:
-        raise ConfigError(f"'{name}' is for few-shot episodes: see evenkeel fewshot train.")
+        raise ConfigError(
+            f"'{name}' has no training set with classes that stay. For few-shot episodes see "
+            f"evenkeel fewshot train; for pictures evenkeel study quaternion."
+        )
     return read(folder_of(name, root))
 
 

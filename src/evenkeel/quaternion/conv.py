@@ -133,11 +133,10 @@ class _QuaternionConv(QuaternionConvNd):
         if not self.is_fast(x.numel() // self.in_channels // math.prod(self.stride)):
             return self.with_kernel(x, self.kernel(fast=False))
         # Groups stand inside of the parts on both sides, so each product keeps its own.
-        y = in_eight(x, self.kernel(fast=True), self._product)
-        return biased(y, self.bias)
+        return in_eight(x, self.kernel(fast=True), self.bias, self._product)
 
-    def _product(self, x: Tensor, kernel: Tensor) -> Tensor:
-        return self._convolved(x, kernel, None, self.groups)
+    def _product(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        return self._convolved(x, kernel, bias, self.groups)
 
     def with_kernel(self, x: Tensor, kernel: Tensor) -> Tensor:
         """The convolution with a real kernel (out_channels, in_channels / groups, *kernel_size)."""

@@ -61,10 +61,10 @@ class _QuaternionConvTranspose(QuaternionConvNd):
         if not self.is_fast(x.numel() // self.in_channels):
             return self.with_kernel(x, self.kernel(fast=False), output_size)
 
-        def product(part: Tensor, kernel: Tensor) -> Tensor:
-            return self._convolved(part, kernel, None, self.groups, output_size)
+        def product(part: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+            return self._convolved(part, kernel, bias, self.groups, output_size)
 
-        return biased(in_eight(x, self.kernel(fast=True), product), self.bias)
+        return in_eight(x, self.kernel(fast=True), self.bias, product)
 
     def with_kernel(
         self, x: Tensor, kernel: Tensor, output_size: list[int] | None = None

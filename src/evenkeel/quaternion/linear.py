@@ -65,8 +65,7 @@ class QuaternionLinear(QuaternionLayer):
             )
         if not self.is_fast(x.numel() // self.in_features):
             return F.linear(x, self.kernel(fast=False), self.bias)
-        y = in_eight(x, self.kernel(fast=True), F.linear, -1)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return in_eight(x, self.kernel(fast=True), self.bias, F.linear, -1)
 
     def extra_repr(self) -> str:
         """Sizes and options."""

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Product = Callable[[Tensor, Tensor], Tensor]
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 _PART = ((0, 1, 2, 3), (1, 0, 3, 2), (2, 3, 0, 1), (3, 2, 1, 0))
 _SIGN = ((1, -1, -1, -1), (1, 1, -1, 1), (1, 1, 1, -1), (1, -1, 1, 1))
@@ -52,8 +52,10 @@ def eight(weight: Tensor) -> Tensor:
     return torch.stack([*quarters, 2 * a, -2 * c, -2 * d, -2 * b])
 
 
-def in_eight(x: Tensor, kernels: Tensor, product: Product, axis: int = 1) -> Tensor:
-    """The quaternions w * x by eight products.
+def in_eight(
+    x: Tensor, kernels: Tensor, bias: Tensor | None, product: Product, axis: int = 1
+) -> Tensor:
+    """The quaternions w * x + b by eight products.
 
     Sums are taken in place and in the order in which least memory is held: in a small layer, asking
     for memory takes longer than adding.
@@ -61,15 +63,19 @@ def in_eight(x: Tensor, kernels: Tensor, product: Product, axis: int = 1) -> Ten
     Args:
         x: its parts lie one after the other along ``axis``.
         kernels: (8, ...) from :func:`eight`.
-        product: of a part or a sum of parts with one of the kernels, as a new tensor.
+        bias: a real number for each output, in the order of the results; or None.
+        product: of a part or a sum of parts with one of the kernels, and a bias added, as a new
+            tensor.
         axis: also that of the results' parts.
     """
     a, b, c, d = x.chunk(4, axis)
-    r, k, i, j = map(product, (a, b, c, d), kernels[4:])
+    of_r, of_i, of_j, of_k = (None,) * 4 if bias is None else bias.chunk(4)
+    r, k = product(a, kernels[4], of_r), product(b, kernels[5], of_k)
+    i, j = product(c, kernels[6], of_i), product(d, kernels[7], of_j)
     s, t = a + b, c + d
-    y0, y2 = product(s + t, kernels[0]), product(s.sub_(t), kernels[2])
+    y0, y2 = product(s + t, kernels[0], None), product(s.sub_(t), kernels[2], None)
     s, t = a - b, c - d
-    y1, y3 = product(s + t, kernels[1]), product(s.sub_(t), kernels[3])
+    y1, y3 = product(s + t, kernels[1], None), product(s.sub_(t), kernels[3], None)
     s, t = y0 + y1, y2 + y3
     r.sub_(s).sub_(t)
     j.add_(s).sub_(t)

@@ -75,7 +75,7 @@ def against_age(cells: Sequence[Cell], digital: float, metric: str, domain: Doma
     ages = [age_label(a) for a in sorted({c.age_s for c in cells})]
     rows = [_point(c) | {"x": age_label(c.age_s)} for c in cells]
     x = alt.X("x:O", sort=ages, title="age", axis=alt.Axis(labelAngle=0))
-    return _lines(rows, x, digital, metric, domain)
+    return _lines(rows, x, digital, f"{metric}, {cells[0].unit}", domain)
 
 
 def against_level(
@@ -89,7 +89,7 @@ def against_level(
         scale=alt.Scale(zero=False, nice=False, padding=12),
         axis=alt.Axis(values=sorted({c.level for c in cells if c.level is not None}), grid=False),
     )
-    return _lines(rows, x, digital, metric, domain)
+    return _lines(rows, x, digital, f"{metric}, {cells[0].unit}", domain)
 
 
 def every_chip(
@@ -114,7 +114,7 @@ def every_chip(
         if low <= c.worst <= high
     ]
     y = alt.Y("remedy:N", sort=names, title=None, axis=alt.Axis(grid=True, labelLimit=160))
-    x = alt.X("value:Q", title=f"{metric}, %", scale=_scale(domain))
+    x = alt.X("value:Q", title=f"{metric}, {cells[0].unit}", scale=_scale(domain))
     base = alt.Chart(alt.Data(values=dots)).properties(width=WIDTH - 60, height=34 * len(names))
     layers = [
         _rule(digital, alt.X("digital:Q", scale=_scale(domain))),
@@ -175,13 +175,11 @@ def _scale(domain: Domain) -> Any:
     )
 
 
-def _lines(
-    rows: list[dict[str, Any]], x: Any, digital: float, metric: str, domain: Domain
-) -> Chart:
+def _lines(rows: list[dict[str, Any]], x: Any, digital: float, title: str, domain: Domain) -> Chart:
     names = list(dict.fromkeys(row["remedy"] for row in rows))
     base = alt.Chart(alt.Data(values=rows)).properties(width=WIDTH, height=HEIGHT)
     colour = _colour("remedy", names, True)
-    y = alt.Y("mean:Q", title=f"{metric}, %", scale=_scale(domain))
+    y = alt.Y("mean:Q", title=title, scale=_scale(domain))
     band = base.mark_area(opacity=0.18, clip=True).encode(
         x=x, y=alt.Y("low:Q", scale=_scale(domain)), y2="high:Q", color=colour
     )

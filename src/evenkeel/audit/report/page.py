@@ -64,7 +64,9 @@ def _content(audit: "Audit") -> dict[str, Any]:
         "audit": audit,
         "colours": PAGE_COLOURS,
         "facts": audit.to_dict(),
-        "verdict": [said.replace(" %", "\u00a0%") for said in audit.verdict],
+        "verdict": [
+            said.replace(f" {audit.unit}", f"\u00a0{audit.unit}") for said in audit.verdict
+        ],
         "worst": worst,
         "row": audit._work.plan.rows[headline.row],
         "efforts": EFFORTS,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evenkeel.data.pictures import pictures
+from evenkeel.data.pictures import middle, pictures
 from evenkeel.files import write_atomically
 from evenkeel.models import ColourAutoEncoder, build
 from evenkeel.quaternion import from_quaternion, to_quaternion
@@ -92,6 +92,7 @@ def _pictures(folder: Path) -> dict[str, Tensor]:
 
 
 def _cropped(image: Tensor, crop: int | None) -> Tensor:
-    height, width = (min(n, crop) if crop else n - n % 4 for n in image.shape[1:])
-    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
-    return image[:, top : top + height, left : left + width]
+    if crop is not None:
+        return middle(image, crop)
+    height, width = (n - n % 4 for n in image.shape[1:])
+    return image[:, :height, :width]
