@@ -38,10 +38,11 @@ def trained(
         network = build("colour_autoencoder", kind=kind)
     assert isinstance(network, ColourAutoEncoder)
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
+    seen = grey[:, :1] if kind == "shared" else grey  # of equal channels one teaches the same
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = network.loss(grey)
+        loss = network.loss(seen)
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
