@@ -2,6 +2,9 @@
 
 from evenkeel.models.colour import ColourAutoEncoder as ColourAutoEncoder
 from evenkeel.models.hd_controller import hd_controller as hd_controller
+from evenkeel.models.quaternion_resnet import (
+    quaternion_resnet14_cifar10 as quaternion_resnet14_cifar10,
+)
 from evenkeel.models.registry import architecture as architecture
 from evenkeel.models.registry import build as build
 from evenkeel.models.registry import config_of as config_of
