@@ -108,13 +108,11 @@ def _audits(desk: Desk, settings: Facts) -> Facts:
 
 
 def _residual(desk: Desk, settings: Facts) -> Facts:
-    names: dict[str, int] = dict.fromkeys(NETWORKS, settings["seeds"])
-    names["quaternion, whitened"] = settings["whitened"]
     common = {k: v for k, v in settings.items() if k not in ("seeds", "whitened")}
     items = [
         {"network": name, "seed": seed, "root": desk.data_root, "cache": desk.cache, **common}
-        for name, seeds in names.items()
-        for seed in range(seeds)
+        for name in NETWORKS
+        for seed in range(settings["whitened" if "whitened" in name else "seeds"])
     ]
     return {"runs": desk.each(trained_on_cifar10, items, "training on CIFAR-10")}
 
