@@ -13,17 +13,11 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from evenkeel import quaternion
-from evenkeel.analog import PCM, Gain, program
-from evenkeel.bench import quaternion as bench
-from evenkeel.bench import timing
 from evenkeel.errors import ConfigError, ShapeError
-from evenkeel.layers import weight_layer
 from evenkeel.quaternion import (
     QuaternionBatchNorm,
     QuaternionConv1d,
     QuaternionConv2d,
-    QuaternionConv3d,
-    QuaternionConvTranspose1d,
     QuaternionConvTranspose2d,
     QuaternionDropout,
     QuaternionLinear,
@@ -658,75 +652,3 @@ def test_made_where_the_meta_device_is_the_default(name):
     with torch.device("meta"):
         layer = CITIZENS[name][0]()
     assert all(t.is_meta for t in layer.state_dict().values())
-
-
-# ---- on a chip
-
-ON_CHIP = {
-    "linear": (lambda: QuaternionLinear(16, 8), (3, 16)),
-    "fast": (lambda: QuaternionLinear(16, 8, algorithm="fast"), (3, 16)),
-    "1d": (
-        lambda: QuaternionConv1d(16, 8, 3, groups=2, padding_mode="circular", padding=1),
-        (2, 16, 6),
-    ),
-    "2d": (lambda: QuaternionConv2d(16, 8, 3, stride=2, padding="valid"), (2, 16, 6, 6)),
-    "groups": (lambda: QuaternionConv2d(16, 8, 3, groups=2, algorithm="fast"), (2, 16, 6, 6)),
-    "3d": (lambda: QuaternionConv3d(16, 8, 2, groups=2, bias=False), (2, 16, 3, 3, 3)),
-    "up": (
-        lambda: QuaternionConvTranspose2d(16, 8, 3, stride=2, padding=1, output_padding=1),
-        (2, 16, 4, 4),
-    ),
-    "up, groups": (
-        lambda: QuaternionConvTranspose1d(16, 8, 3, groups=2, adjoint=False, bias=False),
-        (2, 16, 5),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", ON_CHIP)
-def test_a_faultless_chip_is_the_layer(name):
-    make, shape = ON_CHIP[name]
-    layer, x = make(), torch.randn(shape)
-    chip = program(nn.Sequential(layer), Gain(1.0), seed=0)
-    assert chip.digital == {}
-    close(chip(x), layer(x))
-    close(chip.model[0].weight, layer.weight)
-    shown = weight_layer(layer)
-    assert shown.matrix(layer).shape == (8, layer.weight.numel() // 2)
-    close(shown.weight(layer, shown.matrix(layer)), layer.weight)
-
-
-@pytest.mark.parametrize("name", ON_CHIP)
-def test_on_devices_the_four_copies_of_a_number_are_no_longer_alike(name):
-    make, shape = ON_CHIP[name]
-    layer, x = make(), torch.randn(shape)
-    chip = program(nn.Sequential(layer), PCM(), seed=0)
-    assert chip.digital == {}
-    y = chip.age_(3600.0)(x)
-    assert 0 < (y - layer(x)).norm() < 0.5 * layer(x).norm()
-    read, shown = chip.model[0].read(), weight_layer(layer)
-    layer.weight = nn.Parameter(shown.weight(layer, read))
-    assert not torch.allclose(shown.matrix(layer), read, rtol=0.01)
-
-
-@pytest.mark.parametrize("way", bench.WAYS)
-def test_the_bench_times_every_form(way, monkeypatch):
-    monkeypatch.setattr(timing, "BLOCK_S", 1e-3)
-    monkeypatch.setattr(bench, "SIZE", 4)
-    rows = [row for row in bench.bench(channels=(8,), rounds=1) if row["way"] == way]
-    names = ["assembled", "dense", "fast", "auto", "real"]
-    assert [(row["kernel"], row["layer"]) for row in rows] == [
-        (k, n) for k in (1, 3) for n in names
-    ]
-    assert rows[0]["ratio"] == 1
-    assert all(row["median_ms"] > 0 for row in rows)
-    assert [row["parameters"] for row in rows[:5]] == [24, 24, 24, 24, 72]
-
-
-def test_what_is_compared_with_is_the_same_convolution():
-    named = bench.layers(8, 3)
-    for name in ("dense", "fast", "auto"):
-        named[name].load_state_dict(named["assembled"].state_dict())
-    x = torch.randn(2, 8, 5, 5)
-    for name in ("dense", "fast", "auto"):
-        close(named[name](x), named["assembled"](x))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from evenkeel.errors import GraphError
-from evenkeel.layers import in_eval
+from evenkeel.layers import being_captured, in_eval
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
     from torch.export.graph_signature import InputKind  # the exporter is slow to import
 
     try:
-        with in_eval(model), warnings.catch_warnings():
+        with in_eval(model), being_captured(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # nn.RNN notes its own attributes
             program = torch.export.export(model, args, dynamic_shapes=_free_batch(args))
     except Exception as error:  # torch raises many kinds, of which few have a common parent

@@ -71,6 +71,7 @@ _TABLE: list[tuple[Rule, str]] = [
     (weights.addmm, "addmm"),
     *((weights.conv(n), f"conv{n}d") for n in (1, 2, 3)),
     *((weights.conv_transpose(n), f"conv_transpose{n}d") for n in (1, 2, 3)),
+    (weights.quaternions, "quaternion_matrix"),
     (weights.embedding, "embedding"),
     (weights.rnn, "rnn_relu"),
     (weights.prelu, "prelu"),

@@ -1,5 +1,6 @@
 """How scales begin and end at layers with weights, and at normalizers."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,6 +75,24 @@ def conv_transpose(rank: int) -> Rule:
         return Act(fresh.view(-1, *kernel).expand(shape_of(node.meta["val"])), x.depth + 1)
 
     return rule
+
+
+@dataclass(frozen=True)
+class Quaternions(Act):
+    """A real matrix that is made of quaternions; to what has no rule for it, fixed numbers.
+
+    Attributes:
+        leaf: the quaternions, (4, outputs, inputs, ...).
+    """
+
+    leaf: Leaf | None = None
+
+
+def quaternions(tracer: Tracer, node: fx.Node, weight: Any) -> Any:
+    """Known again by the layer that it is the weight of."""
+    if not isinstance(weight, Leaf):
+        return None
+    return Quaternions(torch.tensor(FIXED).expand(shape_of(node.meta["val"])), leaf=weight)
 
 
 def embedding(tracer: Tracer, node: fx.Node, weight: Any, index: Any, *_: Any) -> Any:
@@ -175,8 +194,14 @@ def _layer(
     tracer: Tracer, node: fx.Node, weight: Any, bias: Any, rows: Tensor, columns: Tensor, depth: int
 ) -> Tensor:  # fmt: skip
     """Labels of a layer's outputs; ``rows`` says which of them each weight feeds."""
-    name = name_of(node.target)
-    fresh = tracer.labels.fresh(int(rows.max()) + 1)
+    name, number = name_of(node.target), int(rows.max()) + 1
+    if isinstance(weight, Quaternions):  # each of its numbers stands in all four parts
+        fresh, weight = tracer.labels.fresh(number // 4).repeat(4), weight.leaf
+        rows, (columns, *others) = _parts(rows)[0], _parts(columns)
+        for part in others:
+            tracer.labels.tie(part, columns, "the parts of a quaternion have one scale")
+    else:
+        fresh = tracer.labels.fresh(number)
     if isinstance(weight, Leaf):
         tracer.use(weight, fresh[rows], columns, depth)
     else:
@@ -189,6 +214,11 @@ def _layer(
     elif bias is not None:
         tracer.labels.tie(fresh, tracer.act(bias).labels, f"the bias of {name} is no parameter")
     return fresh
+
+
+def _parts(labels: Tensor) -> tuple[Tensor, ...]:
+    """The four parts, along the axis that has them."""
+    return labels.chunk(4, 0 if labels.shape[0] > 1 else 1)
 
 
 def _diagonal(tracer: Tracer, x: Act, leaf: Leaf) -> Act | None:

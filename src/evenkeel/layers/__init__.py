@@ -1,6 +1,8 @@
 """What the methods need to know of a layer: its weights as a matrix, its running statistics."""
 
+from evenkeel.layers.modes import being_captured as being_captured
 from evenkeel.layers.modes import in_eval as in_eval
+from evenkeel.layers.modes import is_captured as is_captured
 from evenkeel.layers.modes import lasting_tensors as lasting_tensors
 from evenkeel.layers.normalizers import RunningStatistics as RunningStatistics
 from evenkeel.layers.normalizers import running_normalizers as running_normalizers

@@ -1,10 +1,32 @@
-"""Eval mode for a while, and inference mode not."""
+"""Eval mode for a while, inference mode not, and the time of being captured as a graph."""
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import nn
+
+_captured: ContextVar[bool] = ContextVar("captured", default=False)
+
+
+@contextlib.contextmanager
+def being_captured() -> Iterator[None]:
+    """A network's graph is taken for analysis.
+
+    A layer that computes its weight from fewer numbers then does so by an operator of its own, for
+    which there can be a rule.
+    """
+    token = _captured.set(True)
+    try:
+        yield
+    finally:
+        _captured.reset(token)
+
+
+def is_captured() -> bool:
+    """Whether this is run for the sake of its graph."""
+    return not torch.compiler.is_dynamo_compiling() and _captured.get()
 
 
 @contextlib.contextmanager

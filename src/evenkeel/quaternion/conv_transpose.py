@@ -11,8 +11,8 @@ from evenkeel.errors import ConfigError
 from evenkeel.quaternion.algebra import conjugate
 from evenkeel.quaternion.conv import QuaternionConvNd, Size, biased
 from evenkeel.quaternion.init import Init
-from evenkeel.quaternion.layer import Algorithm
-from evenkeel.quaternion.product import assembled, eight, in_eight
+from evenkeel.quaternion.layer import Algorithm, matrix_of
+from evenkeel.quaternion.product import eight, in_eight
 
 
 class _QuaternionConvTranspose(QuaternionConvNd):
@@ -53,7 +53,7 @@ class _QuaternionConvTranspose(QuaternionConvNd):
         # A real transposed convolution takes the matrix's transpose, which is that of conjugates.
         if fast:
             return eight(conjugate(self.weight, 0) if self.adjoint else self.weight)
-        return assembled(self.weight if self.adjoint else conjugate(self.weight, 0))
+        return matrix_of(self.weight if self.adjoint else conjugate(self.weight, 0))
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The transposed convolution, by one form or the other."""

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.errors import ConfigError, ShapeError, nearest
+from evenkeel.layers import is_captured
 from evenkeel.quaternion.init import Init, Scale, quaternion_init_
-from evenkeel.quaternion.product import assembled, eight
+from evenkeel.quaternion.product import assembled, eight, named
 
 Algorithm = Literal["auto", "dense", "fast"]
 FAST_FROM, WORTH = 1536, 400e6
@@ -63,6 +64,8 @@ class QuaternionLayer(nn.Module):
 
     def is_fast(self, positions: int) -> bool:
         """Whether eight products are taken, where the weight is applied at so many positions."""
+        if is_captured():
+            return False
         if self.algorithm != "auto":
             return self.algorithm == "fast"
         if self.terms < FAST_FROM or torch.compiler.is_compiling():  # for positions of any number
@@ -71,7 +74,7 @@ class QuaternionLayer(nn.Module):
 
     def made(self, fast: bool) -> Tensor:
         """The weight as a product takes it."""
-        return eight(self.weight) if fast else assembled(self.weight)
+        return eight(self.weight) if fast else matrix_of(self.weight)
 
     def kernel(self, fast: bool) -> Tensor:
         """The weight as it is used. In eval mode, without gradients, it is made once.
@@ -98,6 +101,7 @@ class QuaternionLayer(nn.Module):
         return not (
             self.training
             or torch.compiler.is_compiling()
+            or is_captured()
             or not isinstance(weight, nn.Parameter)
             or weight.is_inference()
             or (torch.is_grad_enabled() and weight.requires_grad)
@@ -115,6 +119,11 @@ class QuaternionLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Without what can be derived."""
         return {**self.__dict__, "_kept": None}
+
+
+def matrix_of(weight: Tensor) -> Tensor:
+    """The assembled matrix, by name where a graph is captured."""
+    return named(weight) if is_captured() else assembled(weight)
 
 
 def require_quaternions(**numbers: int) -> None:

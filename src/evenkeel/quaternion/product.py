@@ -33,6 +33,12 @@ def assembled(weight: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
+torch.library.define("evenkeel::quaternion_matrix", "(Tensor weight) -> Tensor")
+torch.library.impl("evenkeel::quaternion_matrix", "CompositeImplicitAutograd", assembled)
+named: Callable[[Tensor], Tensor] = torch.ops.evenkeel.quaternion_matrix
+"""The same by a name that stands in a captured graph."""
+
+
 def taken_apart(matrix: Tensor) -> Tensor:
     """The quaternions (4, O, I, ...) that are nearest to a real weight (4 O, 4 I, ...)."""
     rows, columns = matrix.shape[:2]
