@@ -30,7 +30,8 @@ class Chip(Protocol):
 class Device(Protocol):
     """Hardware that networks can be programmed onto.
 
-    One that has a ``level``, a number for its strength, is drawn against it.
+    One that has a ``level``, a number for its strength, is drawn against it. One whose fate is
+    known up to some age only has that as ``oldest_s``, in seconds.
     """
 
     @property

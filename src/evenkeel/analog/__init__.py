@@ -7,9 +7,15 @@ from evenkeel.analog.converter import Converter as Converter
 from evenkeel.analog.device import Device as Device
 from evenkeel.analog.device import DeviceModel as DeviceModel
 from evenkeel.analog.faults import StuckAt as StuckAt
+from evenkeel.analog.hermes import HERMES as HERMES
 from evenkeel.analog.layer import AnalogLayer as AnalogLayer
+from evenkeel.analog.measured import Measured as Measured
 from evenkeel.analog.pcm import PCM as PCM
+from evenkeel.analog.pcm import StateIndependent as StateIndependent
 from evenkeel.analog.program import program as program
+from evenkeel.analog.reram import CMOHfOx as CMOHfOx
+from evenkeel.analog.reram import MiloReRAM as MiloReRAM
+from evenkeel.analog.reram import WanReRAM as WanReRAM
 from evenkeel.analog.statistical import Gain as Gain
 from evenkeel.analog.statistical import Gaussian as Gaussian
 from evenkeel.analog.statistical import LogNormal as LogNormal

@@ -49,6 +49,7 @@ class Chip(nn.Module):
 
         Each device is on one trajectory, so the way does not matter: 1 h and then 1 d is 1 d.
         """
+        self.device.require_age(seconds)  # of all arrays or of none
         for _, array in self.arrays():
             array.age_(seconds)
         return self

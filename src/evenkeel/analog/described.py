@@ -4,13 +4,20 @@ from typing import Any
 
 from evenkeel.analog.device import Device, DeviceModel, as_device
 from evenkeel.analog.faults import StuckAt
-from evenkeel.analog.pcm import PCM
+from evenkeel.analog.hermes import HERMES
+from evenkeel.analog.measured import Measured
+from evenkeel.analog.pcm import PCM, StateIndependent
+from evenkeel.analog.reram import CMOHfOx, MiloReRAM, WanReRAM
 from evenkeel.analog.statistical import Gain, Gaussian, LogNormal, Spread
 from evenkeel.errors import ConfigError
 
 _MODELS: dict[str, type[DeviceModel]] = {
-    kind.__name__: kind for kind in (PCM, Gaussian, LogNormal, Spread, Gain, StuckAt)
-}
+    kind.__name__: kind
+    for kind in (
+        PCM, HERMES, StateIndependent, WanReRAM, MiloReRAM, CMOHfOx, Measured,
+        Gaussian, LogNormal, Spread, Gain, StuckAt,
+    )
+}  # fmt: skip
 
 
 def device_from(config: dict[str, Any], given: Device | DeviceModel | None, path: object) -> Device:

@@ -24,7 +24,8 @@ class DeviceModel:
     devices that count positively, then those that count negatively. The defaults change nothing.
     Derived classes are frozen dataclasses, so that their fields identify them in stored results; a
     change of behaviour raises ``version``, so that old results are not mistaken for new ones. An
-    effect whose constants belong to a conductance range has a field ``g_max``, in µS.
+    effect whose constants belong to a conductance range has a ``g_max``, in µS, and, where its
+    lowest state conducts, a ``g_min``.
 
     Examples:
         A device that loses 5 % of its conductance at each write, give or take 2 %:
@@ -48,6 +49,8 @@ class DeviceModel:
     """Whether it overrides all else for life, as a fault does; such effects come last."""
     ages: ClassVar[bool] = False
     """Whether time changes anything; an audit visits one age only of what does not age."""
+    oldest_s: ClassVar[float] = math.inf
+    """Age in s up to which it is known what happens."""
 
     def write(self, g: Tensor, draws: Draws, g_max: float) -> tuple[Tensor, State]:
         """Conductances after programming the targets ``g``, and what decides their later life."""
@@ -92,10 +95,11 @@ class DeviceModel:
 class Device:
     r"""Effects that act on one array in the order given, and how weights become conductances.
 
-    $$ G^{\pm}_{ij} = G_{\max}\,\frac{\max(\pm w_{ij},\,0)}{\max_{\text{scale}} |w|} $$
+    $$ G^{\pm}_{ij} = G_{\min} + (G_{\max} - G_{\min})
+       \,\frac{\max(\pm w_{ij},\,0)}{\max_{\text{scale}} |w|} $$
 
-    Each weight is a pair of devices, of which one is set and the other left at zero; the largest
-    weight of the layer, or of the output column, is set to ``g_max``.
+    Each weight is a pair of devices, of which one is set and the other left at ``g_min``, zero for
+    most; the largest weight of the layer, or of the output column, is set to ``g_max``.
 
     Args:
         models: effects, each applied to what the one before has left.
@@ -131,8 +135,9 @@ class Device:
         self.models = models
         self.scale_per = scale_per
         self.g_max = float(g_max if g_max is not None else (ranges or [1.0])[0])
-        if not 0 < self.g_max < math.inf:
-            raise ConfigError(f"g_max must be above 0 µS and finite; got {g_max!r}.")
+        self.g_min = float(next((g for m in models if (g := getattr(m, "g_min", None))), 0.0))
+        if not self.g_min < self.g_max < math.inf:
+            raise ConfigError(f"g_max must be above {self.g_min:g} µS and finite; got {g_max!r}.")
 
     @property
     def name(self) -> str:
@@ -162,6 +167,21 @@ class Device:
         """Whether any of the effects ages."""
         return any(m.ages for m in self.models)
 
+    @property
+    def oldest_s(self) -> float:
+        """Age in s up to which it is known what happens."""
+        return min(m.oldest_s for m in self.models)
+
+    def require_age(self, age_s: float) -> None:
+        """Refuse an age that is none, or beyond what was measured."""
+        if not 0 <= age_s < math.inf:
+            raise ConfigError(f"A chip's age must be finite and 0 s or more; got {age_s!r}.")
+        if age_s > self.oldest_s:
+            raise ConfigError(
+                f"{self.name} was measured up to {self.oldest_s:g} s after programming; got "
+                f"{age_s:g} s. Ask for earlier ages, or give the device extrapolate=True."
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Effects and mapping, as they identify the device in stored results."""
         return {
@@ -188,9 +208,11 @@ class Device:
             if self.scale_per == "column"
             else w.abs().max().view(1, 1)
         )
-        target = w / torch.where(w_max > 0, w_max, torch.ones_like(w_max)) * self.g_max
-        unit = w_max / self.g_max  # 0 for an array of zeros, which then stays at zero
-        return torch.stack([target.clamp_min(0), (-target).clamp_min(0)]), unit
+        span = self.g_max - self.g_min
+        above = w / torch.where(w_max > 0, w_max, torch.ones_like(w_max)) * span
+        unit = w_max / span  # 0 for an array of zeros, which then stays at zero
+        target = torch.stack([above.clamp_min(0), (-above).clamp_min(0)])
+        return target.add_(self.g_min) if self.g_min else target, unit
 
     def write(self, target: Tensor, draws: Draws) -> tuple[Tensor, list[State]]:
         """Conductances after programming, and each effect's state."""

@@ -1,7 +1,6 @@
 """One layer of a network on an analog array."""
 
 import copy
-import math
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, cast
@@ -139,8 +138,7 @@ class AnalogLayer(nn.Module):
 
     def age_(self, seconds: float) -> None:
         """Set the time since programming, in seconds."""
-        if not 0 <= seconds < math.inf:
-            raise ConfigError(f"A chip's age must be finite and 0 s or more; got {seconds!r}.")
+        self.device.require_age(seconds)
         self.age.fill_(seconds)
         self._derive()
 

@@ -16,7 +16,78 @@ TINY = 1e-3
 
 
 @dataclass(frozen=True)
-class PCM(DeviceModel):
+class PhaseChange(DeviceModel):
+    """What phase-change memories have in common; each has its own laws of the share of the range.
+
+    Args:
+        programming: factor on the programming noise (0: exact writes).
+        drifting: factor on the drift exponents (0: none).
+        reading: factor on the read noise (0: exact reads).
+    """
+
+    programming: float = 1.0
+    drifting: float = 1.0
+    reading: float = 1.0
+
+    g_max: ClassVar[float]
+    ages: ClassVar[bool] = True
+    t0_s: ClassVar[float] = 20.0
+    """Time from programming to the first read, to which the programmed conductance belongs."""
+    t_read_s: ClassVar[float] = 250e-9
+    """Duration of one read."""
+
+    def __post_init__(self) -> None:
+        for name in ("programming", "drifting", "reading"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"{type(self).__name__} {name} must be 0 or more and finite; got "
+                    f"{getattr(self, name)!r}."
+                )
+
+    def deviation(self, x: Tensor) -> Tensor:
+        """Of programming, in µS, at a share of the range from 0 to 1."""
+        raise NotImplementedError
+
+    def exponent(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the drift exponent."""
+        raise NotImplementedError
+
+    def noise(self, x: Tensor) -> Tensor:
+        """Q: of one read, as a share of the conductance, at a programmed share of the range."""
+        raise NotImplementedError
+
+    def write(self, g: Tensor, draws: Draws, g_max: float) -> tuple[Tensor, State]:
+        """Programming noise, and a drift exponent for each device."""
+        x = (g / self.g_max).clamp(0, 1)  # the laws' range; an effect before may have left it
+        shape = tuple(g.shape)
+        programmed = g
+        if self.programming:
+            xi = draws.normal("programming", shape, device=g.device)
+            programmed = (g + self.programming * self.deviation(x) * xi).clamp_min(0)
+        if not self.drifting:
+            return programmed, {}
+        mean, std = self.exponent(x)
+        nu = (mean + std * draws.normal("drift exponent", shape, device=g.device)).abs()
+        return programmed, {"nu": nu.mul_(self.drifting)}
+
+    def drift(self, g: Tensor, state: State, age_s: float) -> Tensor:
+        """One trajectory for each device: the age alone decides the point on it."""
+        if "nu" not in state or age_s == 0:
+            return g
+        return g * (state["nu"] * -math.log((age_s + self.t0_s) / self.t0_s)).exp()
+
+    def read_std(self, g: Tensor, programmed: Tensor, state: State, age_s: float) -> Tensor | None:
+        """1/f noise integrated from one read's duration to the device's age."""
+        if not self.reading:
+            return None
+        q = self.noise((programmed / self.g_max).clamp_min(0))
+        age = age_s + self.t0_s
+        root_log = math.sqrt(math.log((age + self.t_read_s) / (2 * self.t_read_s)))
+        return g.clamp_min(0) * q * (self.reading * root_log)
+
+
+@dataclass(frozen=True)
+class PCM(PhaseChange):
     r"""Phase-change memory: programming noise, drift along a trajectory, 1/f read noise.
 
     With the target's share of the range $x = G/G_{\max}$, fresh standard normal $\xi$ for each
@@ -51,55 +122,50 @@ class PCM(DeviceModel):
         phase-change memory", Nature Communications 11, 2473 (2020).
     """
 
-    programming: float = 1.0
-    drifting: float = 1.0
-    reading: float = 1.0
-    g_max: float = 25.0
-
-    ages: ClassVar[bool] = True
-    t0_s: ClassVar[float] = 20.0
-    """Time from programming to the first read, to which the programmed conductance belongs."""
-    t_read_s: ClassVar[float] = 250e-9
-    """Duration of one read."""
+    g_max: float = 25.0  # type: ignore[misc]  # here the user's to choose
 
     def __post_init__(self) -> None:
-        for name in ("programming", "drifting", "reading"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(
-                    f"PCM {name} must be 0 or more and finite; got {getattr(self, name)!r}."
-                )
+        super().__post_init__()
         if not 0 < self.g_max < math.inf:
             raise ConfigError(f"PCM g_max must be above 0 µS and finite; got {self.g_max!r}.")
 
-    def write(self, g: Tensor, draws: Draws, g_max: float) -> tuple[Tensor, State]:
-        """Programming noise, and a drift exponent for each device."""
-        x = (g / self.g_max).clamp(0, 1)  # the laws' range; an effect before may have left it
-        shape = tuple(g.shape)
-        programmed = g
-        if self.programming:
-            sigma = (0.26348 + 1.9650 * x - 1.1731 * x.square()) * (self.g_max / 25)
-            xi = draws.normal("programming", shape, device=g.device)
-            programmed = (g + self.programming * sigma * xi).clamp_min(0)
-        if not self.drifting:
-            return programmed, {}
+    def deviation(self, x: Tensor) -> Tensor:
+        """A parabola, in proportion to the range."""
+        return (0.26348 + 1.9650 * x - 1.1731 * x.square()) * (self.g_max / 25)
+
+    def exponent(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Straight in the logarithm, between clips."""
         log_x = x.clamp_min(TINY).log()
         mean = (0.0244 - 0.0155 * log_x).clamp(0.049, 0.1)
-        std = (-0.0059 - 0.0125 * log_x).clamp(0.008, 0.045)
-        nu = (mean + std * draws.normal("drift exponent", shape, device=g.device)).abs()
-        return programmed, {"nu": nu.mul_(self.drifting)}
+        return mean, (-0.0059 - 0.0125 * log_x).clamp(0.008, 0.045)
 
-    def drift(self, g: Tensor, state: State, age_s: float) -> Tensor:
-        """One trajectory for each device: the age alone decides the point on it."""
-        if "nu" not in state or age_s == 0:
-            return g
-        return g * torch.exp(state["nu"] * -math.log((age_s + self.t0_s) / self.t0_s))
+    def noise(self, x: Tensor) -> Tensor:
+        """A power, clipped."""
+        return (0.0088 / x.clamp_min(TINY).pow(0.65)).clamp_max(0.2)
 
-    def read_std(self, g: Tensor, programmed: Tensor, state: State, age_s: float) -> Tensor | None:
-        """1/f noise integrated from one read's duration to the device's age."""
-        if not self.reading:
-            return None
-        x = (programmed / self.g_max).clamp_min(TINY)
-        q = (0.0088 / x.pow(0.65)).clamp_max(0.2)
-        age = age_s + self.t0_s
-        root_log = math.sqrt(math.log((age + self.t_read_s) / (2 * self.t_read_s)))
-        return g.clamp_min(0) * q * (self.reading * root_log)
+
+@dataclass(frozen=True)
+class StateIndependent(PhaseChange):
+    r"""A device whose noise does not depend on its state: the plainest one that drifts.
+
+    The course of things is that of :class:`PCM`, with $\sigma_P = 0.2$ µS,
+    $\nu = |0.1 + 0.05\,\xi|$ and a read noise of $0.04\,G\,\sqrt{\ln(\cdot)}$, for
+    $G_{\max} = 25$ µS.
+
+    References:
+        "StateIndependentNoiseModel" of aihwkit 1.1.0.
+    """
+
+    g_max: ClassVar[float] = 25.0
+
+    def deviation(self, x: Tensor) -> Tensor:
+        """The same for all."""
+        return torch.full_like(x, 0.2)
+
+    def exponent(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for all."""
+        return torch.full_like(x, 0.1), torch.full_like(x, 0.05)
+
+    def noise(self, x: Tensor) -> Tensor:
+        """The same share for all."""
+        return torch.full_like(x, 1 / self.g_max)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import math
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from evenkeel.audit.names import resolve
-from evenkeel.audit.plan import Plan, parse_age
+from evenkeel.audit.plan import Plan, age_label, parse_age
 from evenkeel.audit.remedy import Row, as_row
 from evenkeel.audit.result import Audit, mean_shifts, summarize_all
 from evenkeel.audit.run import Progress, Workload, evaluate, run
@@ -202,6 +203,13 @@ def _checked_plan(
         names = [item.name for item in named]
         if len(set(names)) < len(names):
             raise ConfigError(f"Each of the {kind} must be named once; got {', '.join(names)}.")
+    for device in plan.devices:
+        last, oldest = plan.ages_of(device)[-1], getattr(device, "oldest_s", math.inf)
+        if last > oldest:
+            raise ConfigError(
+                f"{device.name} was measured up to {age_label(oldest)} after programming; the "
+                f"audit visits {age_label(last)}. Ask for other ages (--age 0,{age_label(oldest)})."
+            )
     return plan, model
 
 

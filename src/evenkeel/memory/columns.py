@@ -62,7 +62,7 @@ class Columns(nn.Module):
         self.register_buffer("_variance", None, persistent=False)
         # Two columns that are thrown away tell what the device's effects keep.
         shape = (1 + pairs, 2, rows)
-        _, states = device.write(torch.zeros(shape), Draws(seed, NAME))
+        _, states = device.write(torch.full(shape, device.g_min), Draws(seed, NAME))
         self._state_names = [sorted(state) for state in states]
         for name, value in self._flat(states).items():
             if value.shape != shape:
@@ -133,6 +133,7 @@ class Columns(nn.Module):
                 f"A memory's age must be finite and not before its last write, at {last:g} s; got "
                 f"{seconds!r}."
             )
+        self.device.require_age(seconds - float(self.written_at.min()) if len(self) else seconds)
         self.clock.fill_(seconds)
         self._derive()
 

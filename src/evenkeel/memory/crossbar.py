@@ -111,6 +111,8 @@ class CrossbarMemory(KeyValueMemory):
         if self.converter is not None:
             on = math.sqrt(self.dim) if self.code == "real" else self.dim
             current = self.converter(current, on * columns.device.g_max, signed=self.paired)
+        if columns.device.g_min and not self.paired:  # what rows at the lowest state conduct
+            current = current - columns.device.g_min * x.sum(-1, keepdim=True)
         products = current * (columns.unit * columns.compensation)
         if self.code == "real" and self.measure == "dot":
             products = products * length
@@ -166,8 +168,11 @@ class CrossbarMemory(KeyValueMemory):
         largest = rows.abs().amax(-1) if self.code == "real" else rows.new_ones(len(rows))
         share = rows / torch.where(largest > 0, largest, 1).unsqueeze(1)
         signs = (share, -share) if self.paired else (share,)
-        target = torch.stack([sign.clamp_min(0) for sign in signs]) * device.g_max
-        unit = largest / device.g_max
+        span = device.g_max - device.g_min
+        target = torch.stack([sign.clamp_min(0) for sign in signs]) * span
+        if device.g_min:
+            target += device.g_min
+        unit = largest / span
         if self.code == "binary" and self.measure == "cosine":
             unit = unit / rows.norm(dim=-1).clamp_min(1)
         return target, unit
