@@ -12,7 +12,9 @@ from evenkeel.analog.layer import AnalogLayer as AnalogLayer
 from evenkeel.analog.measured import Measured as Measured
 from evenkeel.analog.pcm import PCM as PCM
 from evenkeel.analog.pcm import StateIndependent as StateIndependent
+from evenkeel.analog.periphery import Periphery as Periphery
 from evenkeel.analog.program import program as program
+from evenkeel.analog.ranges import calibrate_ranges_ as calibrate_ranges_
 from evenkeel.analog.reram import CMOHfOx as CMOHfOx
 from evenkeel.analog.reram import MiloReRAM as MiloReRAM
 from evenkeel.analog.reram import WanReRAM as WanReRAM

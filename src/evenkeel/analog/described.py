@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from evenkeel.analog.converter import Converter
 from evenkeel.analog.device import Device, DeviceModel, as_device
 from evenkeel.analog.faults import StuckAt
 from evenkeel.analog.hermes import HERMES
 from evenkeel.analog.measured import Measured
 from evenkeel.analog.pcm import PCM, StateIndependent
+from evenkeel.analog.periphery import Periphery
 from evenkeel.analog.reram import CMOHfOx, MiloReRAM, WanReRAM
 from evenkeel.analog.statistical import Gain, Gaussian, LogNormal, Spread
 from evenkeel.errors import ConfigError
@@ -46,4 +48,16 @@ def device_from(config: dict[str, Any], given: Device | DeviceModel | None, path
             )
         settings = {k: v for k, v in fields.items() if k not in ("type", "version")}
         effects.append(_MODELS[kind](**settings))
-    return Device(*effects, scale_per=config["scale_per"], g_max=config["g_max"])
+    return Device(
+        *effects,
+        scale_per=config["scale_per"],
+        g_max=config["g_max"],
+        periphery=_periphery_from(config.get("periphery")),
+    )
+
+
+def _periphery_from(config: dict[str, Any] | None) -> Periphery | None:
+    if config is None:
+        return None
+    converters = {k: config[k] and Converter(**config[k]) for k in ("dac", "adc")}
+    return Periphery(**config | converters)

@@ -12,6 +12,7 @@ from evenkeel.errors import ConfigError
 
 if TYPE_CHECKING:
     from evenkeel.analog.chip import Chip
+    from evenkeel.analog.periphery import Periphery
 
 State = dict[str, Tensor]
 ScalePer = Literal["layer", "column"]
@@ -106,6 +107,7 @@ class Device:
         scale_per: "layer": one scale for all of a layer's weights. "column": one for each output,
             which uses the range better and needs one digital multiplier per output.
         g_max: largest conductance in µS; default: that of the first effect that has one, else 1.
+        periphery: converters, tiles and wires around the array; default: ideal ones.
 
     Examples:
         >>> from evenkeel.analog import PCM, StuckAt
@@ -120,6 +122,7 @@ class Device:
         *models: DeviceModel,
         scale_per: ScalePer = "layer",
         g_max: float | None = None,
+        periphery: "Periphery | None" = None,
     ) -> None:
         if not models or not all(isinstance(m, DeviceModel) for m in models):
             got = ", ".join(type(m).__name__ for m in models) or "none"
@@ -133,6 +136,7 @@ class Device:
             )
         ranges = [g for m in models if (g := getattr(m, "g_max", None))]
         self.models = models
+        self.periphery = periphery
         self.scale_per = scale_per
         self.g_max = float(g_max if g_max is not None else (ranges or [1.0])[0])
         self.g_min = float(next((g for m in models if (g := getattr(m, "g_min", None))), 0.0))
@@ -153,7 +157,8 @@ class Device:
     def _mapping(self) -> str:
         default = next((g for m in self.models if (g := getattr(m, "g_max", None))), 1.0)
         range_ = "" if self.g_max == default else f", g_max={self.g_max:g}"
-        return range_ + (", per column" if self.scale_per == "column" else "")
+        around = f", {self.periphery}" if self.periphery and str(self.periphery) else ""
+        return range_ + (", per column" if self.scale_per == "column" else "") + around
 
     @property
     def level(self) -> float | None:
@@ -190,6 +195,7 @@ class Device:
             "models": [m.to_dict() for m in self.models],
             "scale_per": self.scale_per,
             "g_max": self.g_max,
+            **({"periphery": self.periphery.to_dict()} if self.periphery else {}),
         }
 
     def program(self, model: nn.Module, *, seed: int) -> "Chip":

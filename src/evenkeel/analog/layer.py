@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from evenkeel.analog.device import Device, State
+from evenkeel.analog.periphery import through
+from evenkeel.analog.reads import read_moments
 from evenkeel.draws import Draws, keyed_normal, read_key
 from evenkeel.errors import ConfigError
 from evenkeel.layers import WeightLayer, require_own_weight, restore_precision
@@ -44,9 +46,14 @@ class AnalogLayer(nn.Module):
     age: Tensor
     read_key: Tensor
     reads: Tensor
+    ranges: Tensor
+    bare: nn.Module
+    watch: Any = None
+    """Told of inputs and currents while ranges are calibrated."""
     _conductance: Tensor | None
     _read_std: Tensor | None
     _matrix: Tensor | None
+    _variance: Tensor | None
 
     def __init__(
         self, layer: nn.Module, weights: WeightLayer, device: Device, seed: int, path: str
@@ -67,6 +74,8 @@ class AnalogLayer(nn.Module):
         for hooks in _FORWARD_HOOKS:  # they belong to the call, and that is now this module's
             vars(self)[hooks] = vars(self.layer)[hooks]
             vars(self.layer)[hooks] = OrderedDict()
+        # For what is digital only: not a module of this one, as it has nothing of its own.
+        object.__setattr__(self, "bare", _without_bias(self.layer))
         self.dtype = matrix.dtype
         self.weights = weights
         self.device = device
@@ -78,6 +87,9 @@ class AnalogLayer(nn.Module):
         self.register_buffer("age", torch.zeros((), dtype=torch.float64))
         self.register_buffer("read_key", read_key(seed, path, "read", ""))
         self.register_buffer("reads", torch.zeros((), dtype=torch.int64))
+        self.has_ranges = False  # of inputs and currents, once they are calibrated
+        if device.periphery is not None:
+            self.register_buffer("ranges", torch.zeros(2))
         self._state_names = [sorted(state) for state in states]
         for i, state in enumerate(states):
             for name, value in state.items():
@@ -86,6 +98,7 @@ class AnalogLayer(nn.Module):
         self.register_buffer("_conductance", None, persistent=False)
         self.register_buffer("_read_std", None, persistent=False)
         self.register_buffer("_matrix", None, persistent=False)
+        self.register_buffer("_variance", None, persistent=False)
         self._derive()
 
     @property
@@ -103,10 +116,17 @@ class AnalogLayer(nn.Module):
         states = self.states
         conductance = self.device.drift(self.programmed, states, age_s)
         self._read_std = self.device.read_std(conductance, self.programmed, states, age_s)
-        if self._read_std is None:
-            self._conductance, self._matrix = None, self._weights_of(conductance)
+        self._conductance = self._matrix = self._variance = None
+        around = self.device.periphery
+        if self._read_std is not None and (around is None or around.reads == "shared"):
+            self._conductance = conductance
+        elif around is None:
+            self._matrix = self._weights_of(conductance)
+        elif self._read_std is None:
+            self._matrix = conductance[0] - conductance[1]
         else:
-            self._conductance, self._matrix = conductance, None
+            mean, variance = read_moments(conductance, self._read_std)
+            self._matrix, self._variance = mean[0] - mean[1], variance.sum(0)
 
     def _weights_of(self, conductance: Tensor) -> Tensor:
         # The compensation belongs to the digital output; on the matrix it is the same and cheaper.
@@ -114,16 +134,31 @@ class AnalogLayer(nn.Module):
 
     def read(self) -> Tensor:
         """The weights (outputs, inputs) as one read finds them; each read has its own noise."""
-        if self._conductance is None or self._read_std is None:
-            assert self._matrix is not None
+        if self.device.periphery is not None:
+            mean, _ = self.currents()
+            return mean * (self.unit * self.compensation)
+        if self._matrix is not None:
             return self._matrix
+        return self._weights_of(self._one_read())
+
+    def currents(self) -> tuple[Tensor, Tensor | None]:
+        """Differences of the pairs in µS, as read; the variance, where each product has its own."""
+        if self._matrix is not None:
+            return self._matrix, self._variance
+        conductance = self._one_read()
+        return conductance[0] - conductance[1], None
+
+    def _one_read(self) -> Tensor:
+        assert self._conductance is not None
+        assert self._read_std is not None
         noise = keyed_normal(self._conductance, self.read_key, self.reads)
         self.reads += 1
-        conductance = torch.addcmul(self._conductance, self._read_std, noise).clamp_min(0)
-        return self._weights_of(conductance)
+        return torch.addcmul(self._conductance, self._read_std, noise).clamp_min(0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output through one read of its array."""
+        """The layer's output through its array."""
+        if self.device.periphery is not None:
+            return through(self, x)
         return self.weights.forward(self.layer, x, self.read().to(x.dtype))
 
     @property
@@ -147,6 +182,11 @@ class AnalogLayer(nn.Module):
         self.read_key.copy_(read_key(self.seed, self.path, "read", stream))
         self.reads.zero_()
 
+    def fix_ranges_(self, ranges: Tensor | None) -> None:
+        """Largest input, and largest current, that the converters take; None: as they come."""
+        self.ranges.copy_(torch.zeros(2) if ranges is None else ranges)
+        self.has_ranges = ranges is not None
+
     def compensate_(self, factor: Tensor) -> None:
         """Multiply the digital output by ``factor``, (outputs or 1, 1), in place of any before."""
         self.compensation.copy_(factor)
@@ -162,12 +202,20 @@ class AnalogLayer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self.has_ranges = self.device.periphery is not None and bool(self.ranges.any())
         self._derive()
 
     def extra_repr(self) -> str:
         """Array size, device and age."""
         outputs, inputs = self.programmed.shape[1:]
         return f"{outputs}x{inputs} pairs, {self.device.name}, age={float(self.age):g} s"
+
+
+def _without_bias(layer: nn.Module) -> nn.Module:
+    """The layer's options, with neither weight nor bias."""
+    bare = copy.copy(layer)
+    vars(bare)["_parameters"] = dict.fromkeys(layer._parameters)
+    return bare
 
 
 def _without_weight(layer: nn.Module) -> nn.Module:

@@ -12,7 +12,13 @@ from evenkeel.batches import Forward, default_forward
 from evenkeel.calibrate.collect import measured
 from evenkeel.calibrate.statistics import in_eval, uncompiled
 from evenkeel.errors import CalibrationError
-from evenkeel.layers import chosen_paths, restore_precision, running_normalizers, weight_layer
+from evenkeel.layers import (
+    channel_dim,
+    chosen_paths,
+    restore_precision,
+    running_normalizers,
+    weight_layer,
+)
 from evenkeel.layers.wrapper import Wrapper
 from evenkeel.moments import BatchMoments
 
@@ -231,11 +237,6 @@ def matched_paths(model: nn.Module) -> dict[str, int]:
         for path, module in model.named_modules()
         if isinstance(module, Matched)
     }
-
-
-def channel_dim(layer: nn.Module) -> int:
-    """Axis of a layer's output that its weights' rows stand for."""
-    return -1 if hasattr(layer, "out_features") else 1
 
 
 class _Outputs:

@@ -9,6 +9,7 @@ from evenkeel.layers.normalizers import running_normalizers as running_normalize
 from evenkeel.layers.precision import lowered as lowered
 from evenkeel.layers.precision import restore_precision as restore_precision
 from evenkeel.layers.weights import WeightLayer as WeightLayer
+from evenkeel.layers.weights import channel_dim as channel_dim
 from evenkeel.layers.weights import chosen_paths as chosen_paths
 from evenkeel.layers.weights import register_weight_layer as register_weight_layer
 from evenkeel.layers.weights import registered_kinds as registered_kinds

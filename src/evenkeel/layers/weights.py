@@ -5,6 +5,7 @@ new kind of layer is one class of three functions and a call of :func:`register_
 """
 
 import fnmatch
+import math
 from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
@@ -15,7 +16,12 @@ from evenkeel.errors import ConfigError, nearest
 
 
 class WeightLayer(Protocol):
-    """How one kind of layer shows its weights."""
+    """How one kind of layer shows its weights.
+
+    One that can be cut into blocks of columns besides has ``grain(layer)``, the number of columns
+    that stay together, and ``block(layer, x, block, start)``, the output without a bias for a block
+    (outputs, columns) alone that begins with that column.
+    """
 
     def matrix(self, layer: Any) -> Tensor:
         """The weights as (outputs, inputs per output): a row holds all that feeds one output."""
@@ -29,6 +35,11 @@ class WeightLayer(Protocol):
 
     def forward(self, layer: Any, x: Tensor, matrix: Tensor) -> Tensor:
         """The layer's output for ``x`` with ``matrix`` in place of its weights."""
+
+
+def channel_dim(layer: nn.Module) -> int:
+    """Axis of a layer's output that its matrix's rows stand for."""
+    return -1 if hasattr(layer, "out_features") else 1
 
 
 class LinearWeights:
@@ -45,6 +56,14 @@ class LinearWeights:
     def forward(self, layer: nn.Linear, x: Tensor, matrix: Tensor) -> Tensor:
         """Same as the layer's own forward."""
         return F.linear(x, matrix, layer.bias)
+
+    def grain(self, layer: nn.Linear) -> int | None:
+        """Each column is an input."""
+        return 1
+
+    def block(self, layer: nn.Linear, x: Tensor, block: Tensor, start: int) -> Tensor:
+        """Those inputs alone."""
+        return F.linear(x[..., start : start + block.shape[1]], block)
 
 
 class ConvWeights:
@@ -66,6 +85,19 @@ class ConvWeights:
     def forward(self, layer: nn.Conv2d, x: Tensor, matrix: Tensor) -> Tensor:
         """Same as the layer's own forward, padding modes included."""
         y: Tensor = layer._conv_forward(x, self.weight(layer, matrix), layer.bias)
+        return y
+
+    def grain(self, layer: nn.Conv2d) -> int | None:
+        """A channel's kernel; groups are not cut."""
+        return math.prod(layer.kernel_size) if layer.groups == 1 else None
+
+    def block(self, layer: nn.Conv2d, x: Tensor, block: Tensor, start: int) -> Tensor:
+        """Those channels alone."""
+        size = math.prod(layer.kernel_size)
+        first, channels = start // size, block.shape[1] // size
+        kernel = block.reshape(len(block), channels, *layer.kernel_size)
+        of_channels = x.narrow(-1 - len(layer.kernel_size), first, channels)
+        y: Tensor = layer._conv_forward(of_channels, kernel, None)
         return y
 
 
