@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from evenkeel.analog.blocks import BLOCK, blockwise, sizes
 from evenkeel.draws import Draws
 from evenkeel.errors import ConfigError
 
@@ -52,6 +53,8 @@ class DeviceModel:
     """Whether time changes anything; an audit visits one age only of what does not age."""
     oldest_s: ClassVar[float] = math.inf
     """Age in s up to which it is known what happens."""
+    elementwise: ClassVar[bool] = False
+    """Whether what lies beside a device does not matter; large arrays then go in blocks."""
 
     def write(self, g: Tensor, draws: Draws, g_max: float) -> tuple[Tensor, State]:
         """Conductances after programming the targets ``g``, and what decides their later life."""
@@ -215,13 +218,22 @@ class Device:
             else w.abs().max().view(1, 1)
         )
         span = self.g_max - self.g_min
-        above = w / torch.where(w_max > 0, w_max, torch.ones_like(w_max)) * span
+        above = (w / torch.where(w_max > 0, w_max, torch.ones_like(w_max))).mul_(span)
         unit = w_max / span  # 0 for an array of zeros, which then stays at zero
-        target = torch.stack([above.clamp_min(0), (-above).clamp_min(0)])
+        target = above.new_empty(2, *above.shape)
+        torch.clamp_min(above, 0, out=target[0])
+        torch.clamp_min(above.neg_(), 0, out=target[1])
         return target.add_(self.g_min) if self.g_min else target, unit
 
     def write(self, target: Tensor, draws: Draws) -> tuple[Tensor, list[State]]:
         """Conductances after programming, and each effect's state."""
+        if not self._in_blocks(target):
+            return self._write(target, draws)
+        with draws.in_turn(sizes(target.numel())) as turns:
+            written: tuple[Tensor, list[State]] = blockwise(lambda g: self._write(g, turns), target)
+        return written
+
+    def _write(self, target: Tensor, draws: Draws) -> tuple[Tensor, list[State]]:
         g, states = target, []
         for model in self.models:
             g, state = model.write(g, draws, self.g_max)
@@ -230,23 +242,39 @@ class Device:
 
     def drift(self, programmed: Tensor, states: list[State], age_s: float) -> Tensor:
         """Conductances at an age."""
-        g = programmed
-        for model, state in zip(self.models, states, strict=True):
-            g = model.drift(g, state, age_s)
+
+        def drifted(of: tuple[Tensor, list[State]]) -> Tensor:
+            g, states = of
+            for model, state in zip(self.models, states, strict=True):
+                g = model.drift(g, state, age_s)
+            return g
+
+        of = programmed, states
+        g: Tensor = blockwise(drifted, of) if self._in_blocks(programmed) else drifted(of)
         return g
 
     def read_std(
         self, g: Tensor, programmed: Tensor, states: list[State], age_s: float
     ) -> Tensor | None:
         """Deviation of one read: the effects' read noises are independent."""
-        stds = [
-            std
-            for model, state in zip(self.models, states, strict=True)
-            if (std := model.read_std(g, programmed, state, age_s)) is not None
-        ]
-        if len(stds) < 2:
-            return stds[0] if stds else None
-        return torch.stack(stds).square().sum(0).sqrt()
+
+        def read(of: tuple[Tensor, Tensor, list[State]]) -> Tensor | None:
+            g, programmed, states = of
+            stds = [
+                std
+                for model, state in zip(self.models, states, strict=True)
+                if (std := model.read_std(g, programmed, state, age_s)) is not None
+            ]
+            if len(stds) < 2:
+                return stds[0] if stds else None
+            return torch.stack(stds).square().sum(0).sqrt()
+
+        of = g, programmed, states
+        std: Tensor | None = blockwise(read, of) if self._in_blocks(g) else read(of)
+        return std
+
+    def _in_blocks(self, g: Tensor) -> bool:
+        return g.numel() > BLOCK and all(m.elementwise for m in self.models)
 
 
 def as_device(device: "Device | DeviceModel") -> Device:

@@ -30,6 +30,7 @@ class StuckAt(DeviceModel):
     """
 
     permanent: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     low: float = 0.0
     high: float = 0.0

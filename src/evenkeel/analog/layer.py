@@ -70,6 +70,7 @@ class AnalogLayer(nn.Module):
             )
         target, unit = device.convert(matrix)  # (2, outputs, inputs), (outputs or 1, 1)
         programmed, states = device.write(target, Draws(seed, path))
+        del target  # of a large array it is worth it
         self.layer = _without_weight(layer)
         for hooks in _FORWARD_HOOKS:  # they belong to the call, and that is now this module's
             vars(self)[hooks] = vars(self.layer)[hooks]
@@ -114,9 +115,9 @@ class AnalogLayer(nn.Module):
     def _derive(self) -> None:
         age_s = float(self.age)
         states = self.states
+        self._conductance = self._read_std = self._matrix = self._variance = None  # makes room
         conductance = self.device.drift(self.programmed, states, age_s)
         self._read_std = self.device.read_std(conductance, self.programmed, states, age_s)
-        self._conductance = self._matrix = self._variance = None
         around = self.device.periphery
         if self._read_std is not None and (around is None or around.reads == "shared"):
             self._conductance = conductance

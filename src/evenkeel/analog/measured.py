@@ -55,6 +55,7 @@ class Measured(DeviceModel):
     """Hash of the file's text, found by reading it; one that is given must be that of the file."""
 
     ages: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         found = self._table.content

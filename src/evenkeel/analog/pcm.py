@@ -31,6 +31,7 @@ class PhaseChange(DeviceModel):
 
     g_max: ClassVar[float]
     ages: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
     t0_s: ClassVar[float] = 20.0
     """Time from programming to the first read, to which the programmed conductance belongs."""
     t_read_s: ClassVar[float] = 250e-9

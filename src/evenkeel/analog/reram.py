@@ -52,6 +52,8 @@ class WanReRAM(DeviceModel):
     scale: float = 1.0
     extrapolate: bool = False
 
+    elementwise: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if self.fit not in get_args(WanFit):
             raise ConfigError(f"Unknown fit {self.fit!r}. {nearest(self.fit, get_args(WanFit))}")
@@ -121,6 +123,7 @@ class MiloReRAM(DeviceModel):
 
     scale: float = 1.0
 
+    elementwise: ClassVar[bool] = True
     g_min: ClassVar[float] = 50.0
     g_max: ClassVar[float] = 225.0
 
@@ -162,6 +165,7 @@ class CMOHfOx(DeviceModel):
     relaxing: float = 1.0
     reading: float = 1.0
 
+    elementwise: ClassVar[bool] = True
     g_min: ClassVar[float] = 9.0
     g_max: ClassVar[float] = 88.2
     ages: ClassVar[bool] = True

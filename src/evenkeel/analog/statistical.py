@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -35,6 +36,8 @@ class Gaussian(DeviceModel):
 
     level: float
 
+    elementwise: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         _require_level(self, self.level)
 
@@ -58,6 +61,8 @@ class LogNormal(DeviceModel):
     """
 
     level: float
+
+    elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _require_level(self, self.level)
@@ -84,6 +89,8 @@ class Spread(DeviceModel):
 
     level: float
 
+    elementwise: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         _require_level(self, self.level)
 
@@ -102,6 +109,8 @@ class Gain(DeviceModel):
     """
 
     factor: float
+
+    elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.factor < math.inf:

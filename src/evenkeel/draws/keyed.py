@@ -9,9 +9,12 @@ do: it keeps 32 bits of its seed, so that among the 10^5 keys of a usual audit t
 than not share their numbers.
 """
 
+import contextlib
 import hashlib
 import json
 import operator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,3 +65,43 @@ class Draws:
         """Numbers uniform in [0, 1), float32, drawn on the CPU and moved to ``device``."""
         values = self.generator(component).random(shape, dtype=np.float32)
         return torch.from_numpy(values).to(device)
+
+    @contextlib.contextmanager
+    def in_turn(self, sizes: Sequence[int]) -> "Iterator[Draws]":
+        """The same numbers in blocks of these sizes, one after the other; a thread draws ahead."""
+        with ThreadPoolExecutor(1, "draws") as pool:
+            yield _InTurn(self.seed, self.name, pool, tuple(sizes), {})
+
+
+@dataclass(frozen=True, slots=True)
+class _InTurn(Draws):
+    """Each call for a component gives its next block."""
+
+    pool: ThreadPoolExecutor
+    sizes: tuple[int, ...]
+    streams: "dict[tuple[str, str], Iterator[np.ndarray]]"
+
+    def normal(
+        self, component: str, shape: tuple[int, ...], *, device: torch.device | None = None
+    ) -> Tensor:
+        """The next standard normal numbers."""
+        return self._next("standard_normal", component, shape).to(device)
+
+    def uniform(
+        self, component: str, shape: tuple[int, ...], *, device: torch.device | None = None
+    ) -> Tensor:
+        """The next uniform numbers."""
+        return self._next("random", component, shape).to(device)
+
+    def _next(self, law: str, component: str, shape: tuple[int, ...]) -> Tensor:
+        if (law, component) not in self.streams:
+            self.streams[law, component] = self._ahead(law, component)
+        return torch.from_numpy(next(self.streams[law, component])).view(shape)
+
+    def _ahead(self, law: str, component: str) -> "Iterator[np.ndarray]":
+        draw = getattr(self.generator(component), law)
+        coming = self.pool.submit(draw, self.sizes[0], np.float32)
+        for size in self.sizes[1:]:
+            block, coming = coming.result(), self.pool.submit(draw, size, np.float32)
+            yield block
+        yield coming.result()
