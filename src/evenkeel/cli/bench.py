@@ -17,7 +17,7 @@ from evenkeel.errors import ConfigError
 from evenkeel.files import require_writable_folder, write_atomically
 from evenkeel.provenance import environment
 
-What = Literal["norm", "memory", "quaternion"]
+What = Literal["analog", "norm", "memory", "quaternion"]
 Row = dict[str, Any]
 Columns = dict[str, Callable[[Row], str]]
 
@@ -26,6 +26,11 @@ TIMES: Columns = {
     "ratio": lambda row: f"{row['ratio']:.2f}",
 }
 COLUMNS: dict[What, Columns] = {
+    "analog": {
+        "batch": lambda row: str(row["batch"]),
+        "way": lambda row: row["way"],
+        **TIMES,
+    },
     "norm": {
         "shape": lambda row: "x".join(map(str, row["shape"])),
         "layout": lambda row: row["layout"],
@@ -50,6 +55,7 @@ COLUMNS: dict[What, Columns] = {
     },
 }
 NOTES: dict[What, str] = {
+    "analog": "New chip: program, age 1 h, forward; ratio: to plain torch in the same round.",
     "norm": "ratio: to batch norm in the same round; kept: activations kept for backward.",
     "memory": "Top 5 of 100 queries, 512 bits a vector; ratio: to faiss in the same round.",
     "quaternion": "Batch 8, 32 x 32; ratio: to the kernel that is assembled at each forward.",
@@ -71,11 +77,12 @@ def bench(
     Parameters
     ----------
     what
+        analog: a new chip, against plain torch, and aihwkit where it is installed.
         norm: normalizers, forward and backward, against torch's batch norm; eager and compiled.
         memory: search among binary vectors, against faiss, and torchhd where it is installed.
         quaternion: convolutions by both forms of their products, against real ones.
     device
-        cpu or cuda; memory is timed on the CPU.
+        cpu or cuda; analog and memory are timed on the CPU.
     compiled
         norm: whether to time compiled layers too.
     rounds
@@ -118,6 +125,10 @@ def bench(
 def _rows(
     what: What, device: str, compiled: bool, rounds: int, progress: Callable[[int, int], None]
 ) -> list[Row]:
+    if what == "analog":
+        from evenkeel.bench import analog
+
+        return analog.bench(rounds=rounds, progress=progress)
     if what == "norm":
         from evenkeel.bench import norm
 

@@ -1,0 +1,100 @@
+"""A new chip and its forward pass against plain torch, and aihwkit where it is installed."""
+
+import functools
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from evenkeel.analog import PCM, Converter, Device, Periphery, program
+from evenkeel.bench.timing import compare
+
+AGE_S = 3600.0
+BATCHES = (10, 100)
+EIGHT = {"dac": Converter(8), "adc": Converter(8), "rows": 512}
+DEVICES = {
+    "PCM": Device(PCM()),
+    "8-bit DAC and ADC": Device(PCM(), periphery=Periphery(**EIGHT)),  # type: ignore[arg-type]
+    "reads of their own": Device(PCM(), periphery=Periphery(reads="each")),
+    "IR drop": Device(PCM(), periphery=Periphery(wire_ohm=0.35)),
+}
+
+
+def network() -> nn.Sequential:
+    """Three convolutions with batch norm and pooling, and a classifier: 24k weights."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise((3, 16, 32, 64)):
+        layers += [
+            nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]  # fmt: skip
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).eval()
+
+
+def bench(
+    *,
+    rounds: int = 9,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """A row of figures for every batch and way: program, age one hour, one forward pass."""
+    rows: list[dict[str, Any]] = []
+    for done, batch in enumerate(BATCHES):
+        progress(done, len(BATCHES))
+        rows += _rows(batch, rounds)
+    progress(len(BATCHES), len(BATCHES))
+    return rows
+
+
+@torch.no_grad()
+def _rows(batch: int, rounds: int) -> list[dict[str, Any]]:
+    net, x = network(), torch.randn(batch, 3, 32, 32)
+    seeds = itertools.count()
+
+    def new(device: Device) -> object:
+        return program(net, device, seed=next(seeds)).age_(AGE_S)(x)
+
+    ways: dict[str, Callable[[], object]] = {"plain torch": lambda: net(x)}
+    ways |= {f"new chip, {name}": functools.partial(new, d) for name, d in DEVICES.items()}
+    ways |= {
+        f"forward, {name}": functools.partial(program(net, d, seed=0).age_(AGE_S), x)
+        for name, d in DEVICES.items()
+    }
+    if importlib.util.find_spec("aihwkit") is not None:
+        ways |= dict(_aihwkit(net, x))
+    timings = compare(list(ways.values()), rounds)
+    return [
+        {
+            "batch": batch,
+            "way": name,
+            "median_ms": timing.median_ms,
+            "quartiles_ms": [timing.low_ms, timing.high_ms],
+            "ratio": timing.ratio,
+        }
+        for name, timing in zip(ways, timings, strict=True)
+    ]
+
+
+def _aihwkit(net: nn.Module, x: torch.Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Its torch tile, for which alone it needs no compiled code."""
+    from aihwkit.inference import PCMLikeNoiseModel
+    from aihwkit.nn.conversion import convert_to_analog
+    from aihwkit.simulator.configs import TorchInferenceRPUConfig
+    from aihwkit.simulator.parameters import IOParameters
+
+    exact = IOParameters(is_perfect=True)
+    eight = IOParameters(inp_res=1 / 254, out_res=1 / 254, out_noise=0.0)
+    for name, forward in (("PCM", exact), ("8-bit DAC and ADC", eight)):
+        config = TorchInferenceRPUConfig(noise_model=PCMLikeNoiseModel(), forward=forward)
+        model = convert_to_analog(net, config).eval()
+
+        def new(model: Any = model) -> object:
+            model.program_analog_weights()
+            model.drift_analog_weights(AGE_S)
+            return model(x)
+
+        yield f"aihwkit new chip, {name}", new
+        yield f"aihwkit forward, {name}", functools.partial(model, x)
