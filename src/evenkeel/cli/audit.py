@@ -13,6 +13,7 @@ from rich.progress import Progress
 
 import evenkeel as ek
 from evenkeel.audit.audit import AGES
+from evenkeel.cli.hardware import devices_from
 from evenkeel.cli.network import network_from
 from evenkeel.cli.progress import progress_bar
 from evenkeel.cli.samples import samples_from
@@ -40,6 +41,10 @@ def audit(
     test_samples: int | None = None,
     task: str = "classify",
     device: Names = None,
+    dac: int | None = None,
+    adc: int | None = None,
+    rows: int | None = None,
+    own_reads: Annotated[bool, Parameter(negative="")] = False,
     age: Names = None,
     remedy: Names = None,
     chips: int = 16,
@@ -79,6 +84,14 @@ def audit(
         Names, with levels: pcm gaussian:0.05 stuck_at:0.01, or module:Class. The verdict is on the
         first. `evenkeel devices` lists them. Default: pcm; without MODEL also some levels of
         gaussian.
+    dac
+        Bits of the converters before the arrays; default ideal ones.
+    adc
+        Bits of the converters behind them; default ideal ones.
+    rows
+        Inputs of a tile; currents of different tiles are converted one by one.
+    own_reads
+        Every product with an input vector has read noise of its own, instead of every forward pass.
     age
         Times since programming. Default: 0,1h,1d,1mo,1y.
     remedy
@@ -107,6 +120,7 @@ def audit(
         require_writable_folder(json_file.parent)
     if model is None and weights is not None:
         raise ConfigError("--weights needs the MODEL that they belong to.")
+    named = _listed(device) or (DEMO_DEVICES if model is None else ("pcm",))
     samples = samples_from(data, data_root, mean, std).limited(test=test_samples)
     with progress_bar(console) as bar:
         network = _demo(out, samples, bar) if model is None else network_from(model, weights)
@@ -115,7 +129,7 @@ def audit(
             network,
             samples,
             task=task,
-            devices=_listed(device) or (DEMO_DEVICES if model is None else ("pcm",)),
+            devices=devices_from(named, dac, adc, rows, own_reads),
             ages=_listed(age) or AGES,
             remedies=_listed(remedy) or None,
             chips=chips,
