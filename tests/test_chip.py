@@ -554,24 +554,26 @@ def test_what_stays_digital_is_told_with_the_reason():
     assert chip.digital == {
         "out": "left out by `layers`",
         "two": f"Bilinear {cannot}",
-        "lstm": f"LSTM {cannot}",
-        "attention": f"MultiheadAttention {cannot}",
+        "lstm.ih_l0": "left out by `layers`",
+        "lstm.hh_l0": "left out by `layers`",
         "tokens": f"Embedding {cannot}",
         "own": f"Doubling {cannot}",
     }
-    assert [path for path, _ in chip.arrays()] == ["linear", "attention.out_proj"]
+    parts = [f"attention.{part}_proj" for part in ("q", "k", "v", "out")]
+    assert [path for path, _ in chip.arrays()] == ["linear", *parts]
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["slow path", "fast path"])
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_attention_and_transformer_layers_run_on_the_chip(grad, norm_first):
-    # Their code asks the layers for their weights instead of calling them.
+    # Their fast path asks the layers for their weights instead of calling them.
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first).eval()
     x = torch.randn(2, 5, 8)
     halved = copy.deepcopy(layer)
     with torch.no_grad():
         for part in (halved.linear1, halved.linear2, halved.self_attn.out_proj):
             part.weight.mul_(0.5)
+        halved.self_attn.in_proj_weight.mul_(0.5)
     with torch.set_grad_enabled(grad):
         chip = program(layer, Gain(0.5), seed=3)
         torch.testing.assert_close(chip(x), halved(x), rtol=1e-5, atol=1e-5)
@@ -739,9 +741,9 @@ def test_layers_that_cannot_be_meant(net, layers, message):
     ("net", "message"),
     [
         (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), "Sequential has none .no layer has weights"),
-        (nn.LSTM(2, 2), "LSTM has none .*LSTM is not a kind of layer"),
+        (nn.Bilinear(2, 2, 2), "Bilinear has none .*Bilinear is not a kind of layer"),
     ],
-    ids=["nothing", "LSTM"],
+    ids=["nothing", "bilinear"],
 )
 def test_a_network_without_a_layer_to_program(net, message):
     with pytest.raises(ConfigError, match=message):

@@ -32,7 +32,7 @@ def device_from(config: dict[str, Any], given: Device | DeviceModel | None, path
     """
     if given is not None:
         device = as_device(given)
-        if device.to_dict() != config:
+        if _without_paths(device.to_dict()) != _without_paths(config):
             raise ConfigError(
                 f"{path} holds a chip of the device {config}; the device given is "
                 f"{device.to_dict()}. Pass the same; or none, if its effects are evenkeel's own."
@@ -54,6 +54,12 @@ def device_from(config: dict[str, Any], given: Device | DeviceModel | None, path
         g_max=config["g_max"],
         periphery=_periphery_from(config.get("periphery")),
     )
+
+
+def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """Files may lie elsewhere; what was in them is told besides."""
+    models = [{k: v for k, v in fields.items() if k != "path"} for fields in config["models"]]
+    return config | {"models": models}
 
 
 def _periphery_from(config: dict[str, Any] | None) -> Periphery | None:

@@ -137,12 +137,12 @@ class Device:
             raise ConfigError(
                 f"{models[first].name} holds for life, so it must come after {', '.join(late)}."
             )
-        ranges = [g for m in models if (g := getattr(m, "g_max", None))]
+        own = next((m for m in models if getattr(m, "g_max", None)), None)
         self.models = models
         self.periphery = periphery
         self.scale_per = scale_per
-        self.g_max = float(g_max if g_max is not None else (ranges or [1.0])[0])
-        self.g_min = float(next((g for m in models if (g := getattr(m, "g_min", None))), 0.0))
+        self.g_max = float(getattr(own, "g_max", 1.0) if g_max is None else g_max)
+        self.g_min = float(getattr(own, "g_min", 0.0))
         if not self.g_min < self.g_max < math.inf:
             raise ConfigError(f"g_max must be above {self.g_min:g} µS and finite; got {g_max!r}.")
 

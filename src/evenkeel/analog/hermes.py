@@ -49,8 +49,9 @@ class HERMES(PhaseChange):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.devices not in (1, 2):
+        if self.devices not in (1, 2) or isinstance(self.devices, bool):
             raise ConfigError(f"HERMES has 1 or 2 devices for each sign; got {self.devices!r}.")
+        object.__setattr__(self, "devices", int(self.devices))  # one from the command line is 2.0
 
     @property
     def g_max(self) -> float:  # type: ignore[override]
@@ -85,7 +86,6 @@ class HERMES(PhaseChange):
     def noise(self, x: Tensor) -> Tensor:
         """Straight in the logarithm, clipped, for low states; a cubic above."""
         log_x = x.clamp_min(TINY).log()
-        x = x.clamp_max(1)  # the cubic is a fit up to there
         if self.devices == 1:
             low = (-0.0078 * log_x + 0.0038).clamp(0.0179, 0.04)
             return torch.where(x < 0.1591, low, _cubic(x, 0.0088, 0.0768, -0.1352, 0.0664))

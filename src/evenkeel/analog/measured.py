@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evenkeel.analog.device import DeviceModel, State
-from evenkeel.analog.reram import require_conductances
+from evenkeel.analog.reram import moved, require_conductances
 from evenkeel.draws import Draws
 from evenkeel.errors import ConfigError
 
@@ -58,6 +58,7 @@ class Measured(DeviceModel):
     elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", str(self.path))
         found = self._table.content
         if self.content not in ("", found):
             raise ConfigError(
@@ -97,7 +98,7 @@ class Measured(DeviceModel):
         if age_s == 0:
             return g
         target, xi = state["target"], state["xi"]
-        return g + (self._at(target, xi, age_s) - self._at(target, xi, 0.0))
+        return moved(g, self._at(target, xi, 0.0), self._at(target, xi, age_s))
 
     def _at(self, target: Tensor, xi: Tensor, age_s: float) -> Tensor:
         mean, std = self._table.at(target, age_s)
@@ -140,7 +141,7 @@ def _between(x: Tensor, knots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _read(path: str) -> _Table:
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"Cannot read {path}: {error}.") from error
     reader = csv.DictReader(text.splitlines())

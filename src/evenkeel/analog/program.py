@@ -12,7 +12,7 @@ from evenkeel.analog.chip import Chip
 from evenkeel.analog.device import Device, DeviceModel, as_device
 from evenkeel.analog.layer import AnalogLayer
 from evenkeel.errors import ConfigError
-from evenkeel.layers import chosen_paths, unwrapped, weight_layer
+from evenkeel.layers import chosen_paths, expanded, unwrapped, weight_layer
 
 LayerChoice = Collection[str] | Callable[[str, nn.Module], bool] | None
 
@@ -32,9 +32,10 @@ def program(
     else has been drawn, and torch's global generator does not move.
 
     Args:
-        model: any network. Linear and Conv1d, 2d, 3d go onto arrays, with every option they have.
-            What holds a weight matrix and stays digital is in :attr:`Chip.digital`, with the
-            reason.
+        model: any network. Linear, Conv1d to 3d and their transposes go onto arrays, with every
+            option they have; so do the projections of MultiheadAttention and the matrices of LSTM,
+            GRU, RNN and their cells, whose softmax and gates are digital. What holds a weight
+            matrix and stays digital is in :attr:`Chip.digital`, with the reason.
         device: a :class:`Device`, or one effect such as ``PCM()``.
         seed: which chip; any integer.
         layers: which layers to program: paths or patterns such as ``"layer*"``, or a function of
@@ -61,9 +62,15 @@ def program(
     for path, module in model.named_modules():
         if path.startswith(inside):
             continue
+        name = unwrapped(model, path)
         if parametrize.is_parametrized(module):
             inside += (f"{path}.parametrizations".lstrip("."),)
-        weights, name = weight_layer(module), unwrapped(model, path)
+        elif (whole := expanded(module)) is not None:
+            inside += (f"{path}.".lstrip("."),)
+            if _put_parts(whole, name, device, seed, chosen, digital):
+                arrays[id(module)] = whole
+            continue
+        weights = weight_layer(module)
         if weights is not None and chosen(name, module):
             arrays[id(module)] = AnalogLayer(module, weights, device, seed, name)
         elif reason := _why_digital(module, known=weights is not None):
@@ -74,10 +81,32 @@ def program(
         )
         raise ConfigError(
             f"A chip needs at least one layer to program; {type(model).__name__} has none "
-            f"({held}). Linear and Conv1d/2d/3d can be programmed; make other kinds known with "
-            f"evenkeel.layers.register_weight_layer."
+            f"({held}). Linear, convolutional, attention and recurrent layers can be programmed; "
+            f"make other kinds known with evenkeel.layers.register_weight_layer."
         )
     return Chip(_copy_with(model, arrays), device, operator.index(seed), digital).eval()
+
+
+def _put_parts(
+    whole: nn.Module,
+    name: str,
+    device: Device,
+    seed: int,
+    chosen: Callable[[str, nn.Module], bool],
+    digital: dict[str, str],
+) -> bool:
+    """Put the linear layers of a composite one onto arrays; False where none is chosen."""
+    found = False
+    for part, module in list(whole.named_children()):
+        weights, path = weight_layer(module), f"{name}.{part}".lstrip(".")
+        if weights is None:
+            continue
+        if chosen(path, module):
+            setattr(whole, part, AnalogLayer(module, weights, device, seed, path))
+            found = True
+        else:
+            digital[path] = "left out by `layers`"
+    return found
 
 
 def _choice(model: nn.Module, layers: LayerChoice) -> Callable[[str, nn.Module], bool]:
@@ -85,7 +114,13 @@ def _choice(model: nn.Module, layers: LayerChoice) -> Callable[[str, nn.Module],
         return lambda path, module: True
     if callable(layers):
         return layers
-    paths = [unwrapped(model, p) for p, m in model.named_modules() if weight_layer(m) is not None]
+    paths = []
+    for path, module in model.named_modules():
+        name, whole = unwrapped(model, path), expanded(module)
+        if whole is not None:
+            paths += [f"{name}.{part}".lstrip(".") for part, _ in whole.named_children()]
+        elif weight_layer(module) is not None and name not in paths:
+            paths.append(name)
     chosen = chosen_paths(layers, paths)
     return lambda path, module: path in chosen
 
@@ -108,4 +143,8 @@ def _copy_with(model: nn.Module, arrays: dict[int, nn.Module]) -> nn.Module:
     The copy is made with the replacements as already copied, so that every reference to a layer,
     shared ones too, leads to its array, and no digital weight is copied only to be dropped.
     """
-    return copy.deepcopy(model, dict(arrays)).eval()
+    made = copy.deepcopy(model, dict(arrays)).eval()
+    for module in made.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # for that torch computes past the layers
+    return made

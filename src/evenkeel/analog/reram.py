@@ -99,7 +99,7 @@ class WanReRAM(DeviceModel):
         if not self.ages or age_s <= min(_WAN):
             return g
         target, xi = state["target"], state["xi"]
-        return g + (self._at(target, xi, age_s) - self._at(target, xi, 0.0))
+        return moved(g, self._at(target, xi, 0.0), self._at(target, xi, age_s))
 
     def _at(self, target: Tensor, xi: Tensor, age_s: float) -> Tensor:
         return (target + self.deviation(target, age_s) * xi).clamp_min(0)
@@ -148,8 +148,8 @@ class CMOHfOx(DeviceModel):
     $$ \sigma_{\text{read}} = 0.02773\,\log_{10}(G_R)\,
        \sqrt{\ln\big((t + 1\,\mathrm{µs})/2\,\mathrm{µs}\big)} $$
 
-    in µS. Relaxation sets in with the first second. States lie between 9 and 88.2 µS, so a weight
-    of zero is a pair at 9 µS.
+    in µS. Relaxation is that of the first second at once. States lie between 9 and 88.2 µS, so a
+    weight of zero is a pair at 9 µS.
 
     Args:
         acceptance: range in percent that writes are verified to: 0.2 ($c_0 = 0.00081107$,
@@ -214,6 +214,12 @@ def require_conductances(model: DeviceModel, g: Tensor, low: float, high: float)
             f"{model.name} was measured from {low:g} to {high:g} µS; got targets from {least:.4g} "
             f"to {most:.4g}. Leave the device's g_max at its own, and the effect first in a Device."
         )
+
+
+def moved(g: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """As conductances move, of which later effects have left a share."""
+    share = torch.where(before > 0, g / before, torch.ones_like(g))
+    return (g + (after - before) * share).clamp_min(0)
 
 
 def _require_factor(model: DeviceModel, name: str) -> None:

@@ -1,5 +1,7 @@
 """What the methods need to know of a layer: its weights as a matrix, its running statistics."""
 
+from evenkeel.layers.composite import expanded as expanded
+from evenkeel.layers.composite import register_composite as register_composite
 from evenkeel.layers.modes import being_captured as being_captured
 from evenkeel.layers.modes import in_eval as in_eval
 from evenkeel.layers.modes import is_captured as is_captured
@@ -8,6 +10,7 @@ from evenkeel.layers.normalizers import RunningStatistics as RunningStatistics
 from evenkeel.layers.normalizers import running_normalizers as running_normalizers
 from evenkeel.layers.precision import lowered as lowered
 from evenkeel.layers.precision import restore_precision as restore_precision
+from evenkeel.layers.recurrent import Recurrent as Recurrent
 from evenkeel.layers.weights import WeightLayer as WeightLayer
 from evenkeel.layers.weights import channel_dim as channel_dim
 from evenkeel.layers.weights import chosen_paths as chosen_paths

@@ -111,9 +111,9 @@ class CrossbarMemory(KeyValueMemory):
         if self.converter is not None:
             on = math.sqrt(self.dim) if self.code == "real" else self.dim
             current = self.converter(current, on * columns.device.g_max, signed=self.paired)
-        if columns.device.g_min and not self.paired:  # what rows at the lowest state conduct
-            current = current - columns.device.g_min * x.sum(-1, keepdim=True)
         products = current * (columns.unit * columns.compensation)
+        if columns.device.g_min and not self.paired:  # what rows at the lowest state conduct
+            products = products - columns.unit * (columns.device.g_min * x.sum(-1, keepdim=True))
         if self.code == "real" and self.measure == "dot":
             products = products * length
         elif self.code == "binary" and self.measure == "cosine":

@@ -1,0 +1,130 @@
+"""Layers that hold several matrices, as the linear layers that they are made of.
+
+A chip, or any other method that works on matrices, then finds plain ``nn.Linear`` inside. A further
+kind is one function and a call of :func:`register_composite`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Expand = Callable[[Any], nn.Module]
+_KINDS: dict[type[nn.Module], Expand] = {}
+
+
+def register_composite(kind: type[nn.Module], expand: Expand) -> None:
+    """Make a kind known: from a layer to a module of the same function, made of known layers."""
+    _KINDS[kind] = expand
+
+
+def expanded(layer: nn.Module) -> nn.Module | None:
+    """The layer as a module of linear layers with copies of its weights; None for other kinds."""
+    if "forward" in vars(layer):
+        return None
+    for kind in type(layer).__mro__:
+        if kind in _KINDS:
+            same = type(layer) is kind or type(layer).forward is kind.forward
+            return _KINDS[kind](layer).train(layer.training) if same else None
+    return None
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer that holds copies of these."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone())
+    return layer
+
+
+class Attention(nn.Module):
+    """``nn.MultiheadAttention`` of four linear layers; scores and softmax are no layers.
+
+    Args:
+        layer: whose weights and options it has.
+    """
+
+    _qkv_same_embed_dim = False
+    """torch's transformer layers then call it, and do not compute past it."""
+
+    def __init__(self, layer: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads = layer.embed_dim, layer.num_heads
+        self.batch_first, self.dropout = layer.batch_first, layer.dropout
+        self.add_zero_attn = layer.add_zero_attn
+        self.bias_k, self.bias_v = layer.bias_k, layer.bias_v
+        biases: Any = (None,) * 3 if layer.in_proj_bias is None else layer.in_proj_bias.chunk(3)
+        weights = (
+            layer.in_proj_weight.chunk(3)
+            if layer._qkv_same_embed_dim
+            else (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
+        )
+        self.q_proj, self.k_proj, self.v_proj = map(linear, weights, biases)
+        self.out_proj = linear(layer.out_proj.weight, layer.out_proj.bias)
+        self.in_proj_bias = layer.in_proj_bias
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``nn.MultiheadAttention``."""
+        single = query.dim() == 2
+        swapped = not (self.batch_first or single)
+        given = [t.unsqueeze(0) if single else t for t in (query, key, value)]
+        given = [t.transpose(0, 1) for t in given] if swapped else given
+        q, k, v = self.q_proj(given[0]), self.k_proj(given[1]), self.v_proj(given[2])
+        k, v, more = self._with_extras(k, v)
+        n, targets, _ = q.shape
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        scores = q @ k.mT / q.shape[-1] ** 0.5  # (N, heads, targets, sources)
+        for mask in (_over_pairs(attn_mask, n), _over_keys(key_padding_mask, single)):
+            if mask is not None:
+                scores = scores + nn.functional.pad(_additive(mask, scores.dtype), (0, more))
+        weights = nn.functional.dropout(scores.softmax(-1), self.dropout, self.training)
+        y = self.out_proj((weights @ v).transpose(1, 2).reshape(n, targets, -1))
+        y = y.transpose(0, 1) if swapped else y
+        if not need_weights:
+            return (y[0] if single else y), None
+        shown = weights.mean(1) if average_attn_weights else weights
+        return (y[0], shown[0]) if single else (y, shown)
+
+    def _with_extras(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Keys and values with those that every query may look at besides, and their number."""
+        before = k.shape[1]
+        if self.bias_k is not None and self.bias_v is not None:
+            shape = (len(k), 1, -1)
+            k = torch.cat([k, self.bias_k.expand(shape)], 1)
+            v = torch.cat([v, self.bias_v.expand(shape)], 1)
+        if self.add_zero_attn:
+            k, v = (torch.cat([t, t.new_zeros(len(t), 1, t.shape[2])], 1) for t in (k, v))
+        return k, v, k.shape[1] - before
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf)
+
+
+def _over_pairs(mask: Tensor | None, n: int) -> Tensor | None:
+    """(targets, sources) for all, or (N * heads, targets, sources)."""
+    return mask if mask is None or mask.dim() == 2 else mask.unflatten(0, (n, -1))
+
+
+def _over_keys(mask: Tensor | None, single: bool) -> Tensor | None:
+    """(N, sources), or (sources,)."""
+    if mask is None:
+        return None
+    return (mask.unsqueeze(0) if single else mask)[:, None, None, :]
+
+
+register_composite(nn.MultiheadAttention, Attention)

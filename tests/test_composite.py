@@ -1,0 +1,189 @@
+"""Attention and recurrent layers as the linear layers that they are made of."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+
+from evenkeel.analog import PCM, Gain, program
+from evenkeel.errors import ShapeError
+from evenkeel.layers import composite, expanded, register_composite
+
+close = torch.testing.assert_close
+T, N, E = 4, 3, 8
+
+
+def same(found, wanted):
+    flat = torch.utils._pytree.tree_leaves
+    for a, b in zip(flat(found), flat(wanted), strict=True):
+        assert a is b is None or a.shape == b.shape
+        if a is not None:
+            close(a, b, rtol=1e-4, atol=1e-5)
+
+
+ATTENTION = {
+    "plain": {},
+    "batch first": {"batch_first": True},
+    "no bias": {"bias": False},
+    "other sizes": {"kdim": 5, "vdim": 6},
+    "extras": {"add_bias_kv": True, "add_zero_attn": True},
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("average", [True, False])
+def test_attention_is_the_layer(name, average):
+    options = ATTENTION[name]
+    layer = nn.MultiheadAttention(E, 2, **options).eval()
+    nn.init.normal_(layer.out_proj.bias) if layer.out_proj.bias is not None else None
+    twin = expanded(layer)
+    q = torch.randn(T, N, E)
+    k, v = torch.randn(5, N, options.get("kdim", E)), torch.randn(5, N, options.get("vdim", E))
+    if options.get("batch_first"):
+        q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+    padding = torch.zeros(N, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    masks = {
+        "none": {},
+        "padding": {"key_padding_mask": padding},
+        "causal": {"attn_mask": torch.ones(T, 5, dtype=torch.bool).triu(1)},
+        "added": {"attn_mask": torch.randn(N * 2, T, 5)},
+        "no weights": {"need_weights": False},
+    }
+    for given in masks.values():
+        same(twin(q, k, v, average_attn_weights=average, **given),
+             layer(q, k, v, average_attn_weights=average, **given))  # fmt: skip
+
+
+def test_attention_of_one_sample():
+    layer = nn.MultiheadAttention(E, 4).eval()
+    x, padding = torch.randn(T, E), torch.tensor([False, False, True, False])
+    twin = expanded(layer)
+    same(twin(x, x, x), layer(x, x, x))
+    same(twin(x, x, x, key_padding_mask=padding), layer(x, x, x, key_padding_mask=padding))
+
+
+RECURRENT = [
+    (kind, options)
+    for kind, options in itertools.product(
+        (nn.LSTM, nn.GRU, nn.RNN),
+        ({}, {"num_layers": 2, "bidirectional": True}, {"batch_first": True, "bias": False}),
+    )
+] + [(nn.LSTM, {"proj_size": 3, "num_layers": 2}), (nn.RNN, {"nonlinearity": "relu"})]
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize(("kind", "options"), RECURRENT, ids=str)
+def test_recurrent_layers_are_the_layers(kind, options):
+    layer = kind(E, 6, **options).eval()
+    twin, x = expanded(layer), torch.randn(T, N, E)
+    same(twin(x), layer(x))
+    _, state = layer(x)
+    state = torch.utils._pytree.tree_map(torch.randn_like, state)
+    same(twin(x, state), layer(x, state))
+    alone = x[:, 0]
+    same(twin(alone), layer(alone))
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        nn.LSTMCell(E, 6),
+        nn.GRUCell(E, 6, bias=False),
+        nn.RNNCell(E, 6),
+        nn.RNNCell(E, 6, nonlinearity="relu"),
+    ],
+    ids=str,
+)
+def test_cells_are_the_cells(cell):
+    twin, x = expanded(cell), torch.randn(N, E)
+    same(twin(x), cell(x))
+    state = torch.utils._pytree.tree_map(torch.randn_like, cell(x))
+    same(twin(x, state), cell(x, state))
+    same(twin(x[0]), cell(x[0]))
+
+
+def test_packed_sequences_are_refused_in_words():
+    twin = expanded(nn.LSTM(E, 6))
+    with pytest.raises(ShapeError, match="padded, not packed"):
+        twin(pack_sequence([torch.randn(3, E), torch.randn(2, E)]))
+
+
+class Own(nn.LSTM):
+    def forward(self, x):
+        return super().forward(x)[0]
+
+
+def test_what_has_a_forward_of_its_own_is_not_guessed_at():
+    assert expanded(Own(2, 2)) is None
+    assert expanded(nn.Linear(2, 2)) is None
+    layer = nn.GRU(2, 2)
+    layer.forward = lambda x: x
+    assert expanded(layer) is None
+
+
+def test_a_kind_of_ones_own(monkeypatch):
+    monkeypatch.setattr(composite, "_KINDS", dict(composite._KINDS))
+    register_composite(Own, lambda layer: nn.Sequential(composite.linear(layer.weight_ih_l0, None)))
+    assert expanded(Own(2, 3))(torch.ones(1, 2)).shape == (1, 12)
+
+
+# ---- on a chip
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, E)
+        self.lstm = nn.LSTM(E, E, batch_first=True)
+        layer = nn.TransformerEncoderLayer(E, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(E, 3)
+
+    def forward(self, tokens, padding=None):
+        x, _ = self.lstm(self.embed(tokens))
+        return self.head(self.encoder(x, src_key_padding_mask=padding).mean(1))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_reader_of_text_is_all_on_the_chip(padded, grad):
+    net = Reader().eval()
+    tokens = torch.randint(0, 11, (N, 5))
+    padding = torch.zeros(N, 5, dtype=torch.bool)
+    padding[0, 4] = padded
+    given = (tokens, padding) if padded else (tokens,)
+    with torch.set_grad_enabled(grad):
+        wanted, chip = net(*given), program(net, Gain(1.0), seed=0)
+        # torch's own fast path leaves out what is padded; the others only do not look at it.
+        if padded and not grad:
+            net.encoder.use_nested_tensor = False
+            wanted = net(*given)
+        same(chip(*given), wanted)
+        aged = program(net, PCM(), seed=0).age_(60.0)(*given)
+    assert set(chip.digital) == {"embed"}
+    names = [path for path, _ in chip.arrays()]
+    assert {"lstm.ih_l0", "lstm.hh_l0", "encoder.layers.1.self_attn.k_proj", "head"} <= set(names)
+    assert len(names) == 2 + 2 * 6 + 1
+    assert 0 < (aged - wanted).abs().max() < 1
+
+
+def test_only_some_of_its_layers():
+    net = Reader().eval()
+    chip = program(net, Gain(0.5), seed=0, layers=["encoder.layers.0.self_attn.*"])
+    assert len(list(chip.arrays())) == 4
+    assert chip.digital["lstm.ih_l0"] == "left out by `layers`"
+    tokens = torch.randint(0, 11, (N, 5))
+    assert not torch.allclose(chip(tokens), net(tokens))
+    assert isinstance(chip.model.lstm, nn.LSTM)  # what nothing of is chosen stays as it was
+
+
+def test_a_layer_in_two_places_is_one_array():
+    lstm = nn.LSTM(E, E)
+    net = nn.ModuleDict({"a": lstm, "b": lstm})
+    chip = program(net, PCM(), seed=0)
+    assert chip.model["a"] is chip.model["b"]
+    assert len(list(chip.arrays())) == 2
