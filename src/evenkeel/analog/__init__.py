@@ -4,6 +4,8 @@ from evenkeel.analog.chip import Chip as Chip
 from evenkeel.analog.clip import clip_weights_ as clip_weights_
 from evenkeel.analog.compensation import compensate_drift_ as compensate_drift_
 from evenkeel.analog.converter import Converter as Converter
+from evenkeel.analog.counts import Counts as Counts
+from evenkeel.analog.counts import count as count
 from evenkeel.analog.device import Device as Device
 from evenkeel.analog.device import DeviceModel as DeviceModel
 from evenkeel.analog.faults import StuckAt as StuckAt

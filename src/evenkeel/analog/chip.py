@@ -1,5 +1,6 @@
 """A chip: one network on one physical set of devices, with an age."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,6 +63,14 @@ class Chip(nn.Module):
         for _, array in self.arrays():
             array.rewind_(stream)
         return self
+
+    def to_torch(self) -> nn.Module:
+        """The network with plain weights: what one read finds at this age, for any other program.
+
+        What is new at each read is frozen, and converters are left out.
+        """
+        plain = {id(array): array.digital_twin() for _, array in self.arrays()}
+        return copy.deepcopy(self.model, dict(plain))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's output through one read of every array."""

@@ -167,6 +167,13 @@ class AnalogLayer(nn.Module):
         """One read in the digital layer's shape, for code that asks a layer for its weight."""
         return self.weights.weight(self.layer, self.read().to(self.dtype))
 
+    @torch.no_grad()
+    def digital_twin(self) -> nn.Module:
+        """The digital layer with one read as its weight."""
+        layer = copy.deepcopy(self.layer)
+        layer.weight = nn.Parameter(self.weight.clone())
+        return layer
+
     @property
     def bias(self) -> Tensor | None:
         """The digital bias."""
