@@ -56,7 +56,7 @@ $(VENV)-zoo/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-zoo
 	$(VENV)-zoo/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]" pytest pytest-timeout
 	$(VENV)-zoo/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.29.1 timm==1.0.31
-	$(VENV)-zoo/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt huggingface_hub==2.4.0 pyyaml
+	$(VENV)-zoo/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt huggingface_hub==2.4.0 pyyaml transformers==5.24.0
 	touch $@
 
 $(VENV)/bin/python:
