@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
+from evenkeel.analog.harden import InjectedNoise
 from evenkeel.audit.names import resolve
 from evenkeel.data.dataset import fingerprint
 from evenkeel.data.sets import sha256
@@ -18,27 +19,6 @@ CLIP = 2.5
 """Standard deviations to which weights are clipped meanwhile (Joshi et al.: 2.0 to 2.5)."""
 RATE = 0.05
 """Peak learning rate of the fine-tuning."""
-
-
-class InjectedNoise(nn.Module):
-    r"""A weight, clipped, and in training with Gaussian noise of a share of its largest value.
-
-    $$ \tilde w = \mathrm{clip}(w) + \eta\,\max|w|\,e, \qquad e \sim N(0, 1) $$
-
-    drawn anew at every step; the gradient reaches $w$ through the noisy weights.
-    """
-
-    def __init__(self, level: float) -> None:
-        super().__init__()
-        self.level = level
-
-    def forward(self, w: Tensor) -> Tensor:
-        """The weight that is used."""
-        limit = CLIP * w.detach().std(correction=0)
-        w = w.clamp(-limit, limit)
-        if not self.training:
-            return w
-        return w + self.level * w.detach().abs().max() * torch.randn_like(w)
 
 
 def hardened_network(desk: Desk, plain: Path, on: str, epochs: int) -> tuple[Path, float]:
@@ -75,7 +55,8 @@ def hardened_network(desk: Desk, plain: Path, on: str, epochs: int) -> tuple[Pat
 def _noisy(plain: Path, level: float) -> nn.Module:
     network: nn.Module = load(plain)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for module in list(network.modules()):
+    for path, module in list(network.named_modules()):
         if weight_layer(module) is not None:
-            parametrize.register_parametrization(module, "weight", InjectedNoise(level))
+            noise = InjectedNoise(level, CLIP, seed=0, path=path)
+            parametrize.register_parametrization(module, "weight", noise)
     return network
