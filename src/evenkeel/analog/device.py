@@ -68,9 +68,9 @@ class DeviceModel:
         """Deviation of one read about ``g``, the conductance at this age; None: reads are exact."""
         return None
 
-    def program(self, model: nn.Module, *, seed: int) -> "Chip":
+    def program(self, model: nn.Module, *, seed: int, layers: Any = None) -> "Chip":
         """A chip on whose arrays this effect is alone."""
-        return Device(self).program(model, seed=seed)
+        return Device(self).program(model, seed=seed, layers=layers)
 
     @property
     def name(self) -> str:
@@ -201,11 +201,11 @@ class Device:
             **({"periphery": self.periphery.to_dict()} if self.periphery else {}),
         }
 
-    def program(self, model: nn.Module, *, seed: int) -> "Chip":
+    def program(self, model: nn.Module, *, seed: int, layers: Any = None) -> "Chip":
         """A chip of this device that holds ``model``; see :func:`evenkeel.analog.program`."""
         from evenkeel.analog.program import program
 
-        return program(model, self, seed=seed)
+        return program(model, self, seed=seed, layers=layers)
 
     # What an array needs: the effects one after the other.
 

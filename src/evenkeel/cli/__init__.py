@@ -16,6 +16,7 @@ def main() -> None:
     from evenkeel.cli.devices import devices
     from evenkeel.cli.fewshot import fewshot
     from evenkeel.cli.inspection import inspect
+    from evenkeel.cli.sensitivity import sensitivity
     from evenkeel.cli.study import study
     from evenkeel.cli.train import train
 
@@ -32,6 +33,7 @@ def main() -> None:
     app.command(fewshot)
     app.command(balance)
     app.command(inspect)
+    app.command(sensitivity)
     app.command(bench)
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=True)
