@@ -10,7 +10,6 @@ from evenkeel.studies.training import train
 
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "quaternion": ("quaternion_resnet14_cifar10", {"norm": "variance"}),
-    "quaternion, whitened": ("quaternion_resnet14_cifar10", {"norm": "whitening"}),
     "real, of its width": ("resnet14_cifar10", {}),
     "real, of its parameters": ("resnet14_cifar10_half", {}),
 }

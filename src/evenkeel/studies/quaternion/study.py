@@ -20,11 +20,11 @@ AUDITED = KINDS[:2]
 SHOWN = ("kodim04", "kodim14", "kodim23")
 SIZES: dict[str, dict[str, Any]] = {
     "smoke": {"steps": 20, "crop": 32, "seeds": 1, "kinds": KINDS[:2], "chips": 1,
-              "samples": 256, "epochs": 1, "whitened": 0},
+              "samples": 256, "epochs": 1},
     "small": {"steps": 600, "crop": 96, "seeds": 3, "kinds": KINDS, "chips": 4,
-              "samples": 5000, "epochs": 2, "whitened": 1},
+              "samples": 5000, "epochs": 2},
     "full": {"steps": 3000, "crop": None, "seeds": 3, "kinds": KINDS, "chips": 8,
-             "samples": 50000, "epochs": 6, "whitened": 1},
+             "samples": 50000, "epochs": 6},
 }  # fmt: skip
 DEVICES = ("pcm", "gaussian:0.02", "gaussian:0.05", "gaussian:0.1")
 AGES = ("0", "1d", "1y")
@@ -61,7 +61,6 @@ def parts(scale: str) -> list[Part]:
         _residual,
         {
             "seeds": size["seeds"],
-            "whitened": size["whitened"],
             "data": "cifar10",
             "epochs": size["epochs"],
             "samples": size["samples"],
@@ -108,11 +107,11 @@ def _audits(desk: Desk, settings: Facts) -> Facts:
 
 
 def _residual(desk: Desk, settings: Facts) -> Facts:
-    common = {k: v for k, v in settings.items() if k not in ("seeds", "whitened")}
+    common = {k: v for k, v in settings.items() if k != "seeds"}
     items = [
         {"network": name, "seed": seed, "root": desk.data_root, "cache": desk.cache, **common}
         for name in NETWORKS
-        for seed in range(settings["whitened" if "whitened" in name else "seeds"])
+        for seed in range(settings["seeds"])
     ]
     return {"runs": desk.each(trained_on_cifar10, items, "training on CIFAR-10")}
 
