@@ -1,6 +1,7 @@
 """Analog in-memory chips: devices, and networks programmed onto them."""
 
 from evenkeel.analog.chip import Chip as Chip
+from evenkeel.analog.chips import Chips as Chips
 from evenkeel.analog.clip import clip_weights_ as clip_weights_
 from evenkeel.analog.compensation import compensate_drift_ as compensate_drift_
 from evenkeel.analog.converter import Converter as Converter

@@ -38,6 +38,7 @@ class AnalogLayer(nn.Module):
         device: what happens to the conductances.
         seed: the chip's seed.
         path: the layer's path in its network; with the seed it decides every draw.
+        keep_target: for :meth:`write_` to be called again.
     """
 
     programmed: Tensor
@@ -47,6 +48,7 @@ class AnalogLayer(nn.Module):
     read_key: Tensor
     reads: Tensor
     ranges: Tensor
+    target: Tensor | None
     bare: nn.Module
     watch: Any = None
     """Told of inputs and currents while ranges are calibrated."""
@@ -56,9 +58,17 @@ class AnalogLayer(nn.Module):
     _variance: Tensor | None
 
     def __init__(
-        self, layer: nn.Module, weights: WeightLayer, device: Device, seed: int, path: str
+        self,
+        layer: nn.Module,
+        weights: WeightLayer,
+        device: Device,
+        seed: int,
+        path: str,
+        *,
+        keep_target: bool = False,
     ) -> None:
         super().__init__()
+        self.keep_target = keep_target
         require_own_weight(layer, path)
         if parametrize.is_parametrized(layer):
             layer = copy.deepcopy(layer).eval()  # in training, reading may change it
@@ -68,9 +78,7 @@ class AnalogLayer(nn.Module):
                 f"The weights of '{path}' must be finite to be programmed; they hold NaN or "
                 "infinity. Check the checkpoint this network was loaded from."
             )
-        target, unit = device.convert(matrix)  # (2, outputs, inputs), (outputs or 1, 1)
-        programmed, states = device.write(target, Draws(seed, path))
-        del target  # of a large array it is worth it
+        self.target, unit = device.convert(matrix)  # (2, outputs, inputs), (outputs or 1, 1)
         self.layer = _without_weight(layer)
         for hooks in _FORWARD_HOOKS:  # they belong to the call, and that is now this module's
             vars(self)[hooks] = vars(self.layer)[hooks]
@@ -80,26 +88,37 @@ class AnalogLayer(nn.Module):
         self.dtype = matrix.dtype
         self.weights = weights
         self.device = device
-        self.seed = seed
         self.path = path
-        self.register_buffer("programmed", programmed)
         self.register_buffer("unit", unit)
-        self.register_buffer("compensation", unit.new_ones(matrix.shape[0], 1))
-        self.register_buffer("age", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("read_key", read_key(seed, path, "read", ""))
-        self.register_buffer("reads", torch.zeros((), dtype=torch.int64))
         self.has_ranges = False  # of inputs and currents, once they are calibrated
         if device.periphery is not None:
             self.register_buffer("ranges", torch.zeros(2))
-        self._state_names = [sorted(state) for state in states]
-        for i, state in enumerate(states):
-            for name, value in state.items():
-                self.register_buffer(f"state_{i}_{name}", value)
         # Derived, so not saved: with read noise the first two, without it the finished matrix.
         self.register_buffer("_conductance", None, persistent=False)
         self.register_buffer("_read_std", None, persistent=False)
         self.register_buffer("_matrix", None, persistent=False)
         self.register_buffer("_variance", None, persistent=False)
+        self.write_(seed)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def write_(self, seed: int) -> None:
+        """Program the target onto the devices of a chip, in tensors of its own."""
+        assert self.target is not None
+        self.seed, target = seed, self.target
+        if not self.keep_target:
+            self.target = None  # of a large array it is worth it
+        programmed, states = self.device.write(target, Draws(seed, self.path))
+        del target
+        self.register_buffer("programmed", programmed)
+        self.register_buffer("compensation", self.unit.new_ones(programmed.shape[1], 1))
+        self.register_buffer("age", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("read_key", read_key(seed, self.path, "read", ""))
+        self.register_buffer("reads", torch.zeros((), dtype=torch.int64))
+        self._state_names = [sorted(state) for state in states]
+        for i, state in enumerate(states):
+            for name, value in state.items():
+                self.register_buffer(f"state_{i}_{name}", value)
         self._derive()
 
     @property

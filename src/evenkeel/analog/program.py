@@ -1,14 +1,17 @@
 """From a network to a chip that holds it."""
 
 import copy
+import functools
 import operator
 from collections.abc import Callable, Collection
+from typing import overload
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from evenkeel.analog.chip import Chip
+from evenkeel.analog.chips import Chips
 from evenkeel.analog.device import Device, DeviceModel, as_device
 from evenkeel.analog.layer import AnalogLayer
 from evenkeel.errors import ConfigError
@@ -17,6 +20,24 @@ from evenkeel.layers import chosen_paths, expanded, unwrapped, weight_layer
 LayerChoice = Collection[str] | Callable[[str, nn.Module], bool] | None
 
 
+@overload
+def program(
+    model: nn.Module,
+    device: Device | DeviceModel,
+    *,
+    seed: int,
+    layers: LayerChoice = None,
+    chips: None = None,
+) -> Chip: ...
+@overload
+def program(
+    model: nn.Module,
+    device: Device | DeviceModel,
+    *,
+    seed: int,
+    layers: LayerChoice = None,
+    chips: int,
+) -> Chips: ...
 @torch.inference_mode(False)  # a chip made inside of it must also serve outside
 def program(
     model: nn.Module,
@@ -24,8 +45,9 @@ def program(
     *,
     seed: int,
     layers: LayerChoice = None,
-) -> Chip:
-    """Program a network's weights onto one chip.
+    chips: int | None = None,
+) -> "Chip | Chips":
+    """Program a network's weights onto one chip, or onto many.
 
     The network is copied and left alone; the copy is in eval mode. Everything drawn for the chip is
     keyed by ``seed``, the layer's path and the effect, so the same seed is the same chip whatever
@@ -40,9 +62,11 @@ def program(
         seed: which chip; any integer.
         layers: which layers to program: paths or patterns such as ``"layer*"``, or a function of
             path and module. Default: all that can be.
+        chips: how many, with seeds from ``seed`` on; they come as :class:`Chips`. Default: one, as
+            a :class:`Chip`.
 
     Returns:
-        The chip, right after programming.
+        The chip or chips, right after programming.
 
     Raises:
         ConfigError: no layer can be programmed, a pattern matches none, or weights are not finite.
@@ -54,7 +78,11 @@ def program(
         >>> chip.age_(86_400).digital  # a day old, and nothing had to stay digital
         {}
     """
-    device = as_device(device)
+    if chips is not None and chips < 1:
+        raise ConfigError(f"chips must be 1 or more; got {chips!r}.")
+    array_of = functools.partial(
+        AnalogLayer, device=as_device(device), seed=operator.index(seed), keep_target=bool(chips)
+    )
     chosen = _choice(model, layers)
     digital: dict[str, str] = {}
     arrays: dict[int, nn.Module] = {}  # by identity: a layer used in two places is one array
@@ -67,12 +95,12 @@ def program(
             inside += (f"{path}.parametrizations".lstrip("."),)
         elif (whole := expanded(module)) is not None:
             inside += (f"{path}.".lstrip("."),)
-            if _put_parts(whole, name, device, seed, chosen, digital):
+            if _put_parts(whole, name, array_of, chosen, digital):
                 arrays[id(module)] = whole
             continue
         weights = weight_layer(module)
         if weights is not None and chosen(name, module):
-            arrays[id(module)] = AnalogLayer(module, weights, device, seed, name)
+            arrays[id(module)] = array_of(module, weights, path=name)
         elif reason := _why_digital(module, known=weights is not None):
             digital[name] = reason
     if not arrays:
@@ -84,14 +112,15 @@ def program(
             f"({held}). Linear, convolutional, attention and recurrent layers can be programmed; "
             f"make other kinds known with evenkeel.layers.register_weight_layer."
         )
-    return Chip(_copy_with(model, arrays), device, operator.index(seed), digital).eval()
+    made = _copy_with(model, arrays)
+    chip = Chip(made, as_device(device), operator.index(seed), digital).eval()
+    return chip if chips is None else Chips(chip, chips)
 
 
 def _put_parts(
     whole: nn.Module,
     name: str,
-    device: Device,
-    seed: int,
+    array_of: Callable[..., AnalogLayer],
     chosen: Callable[[str, nn.Module], bool],
     digital: dict[str, str],
 ) -> bool:
@@ -102,7 +131,7 @@ def _put_parts(
         if weights is None:
             continue
         if chosen(path, module):
-            setattr(whole, part, AnalogLayer(module, weights, device, seed, path))
+            setattr(whole, part, array_of(module, weights, path=path))
             found = True
         else:
             digital[path] = "left out by `layers`"

@@ -63,6 +63,10 @@ def _rows(batch: int, rounds: int) -> list[dict[str, Any]]:
         f"forward, {name}": functools.partial(program(net, d, seed=0).age_(AGE_S), x)
         for name, d in DEVICES.items()
     }
+    ways["8 new chips one by one"] = lambda: [new(DEVICES["PCM"]) for _ in range(8)]
+    ways["8 new chips at once"] = lambda: program(
+        net, DEVICES["PCM"], seed=next(seeds), chips=8
+    ).age_(AGE_S)(x)
     if importlib.util.find_spec("aihwkit") is not None:
         ways |= dict(_aihwkit(net, x))
     timings = compare(list(ways.values()), rounds)
