@@ -303,3 +303,16 @@ def test_an_audit_with_converters(net):
     low, high = result.cells
     assert low.mean < high.mean - 10
     assert high.mean > 95
+
+
+def test_it_is_exported_for_any_batch_with_its_noise(net):
+    chip = program(net, Device(PCM(), periphery=Periphery(**EVERYTHING)), seed=0).age_(60.0)
+    x = torch.randn(4, 3, 6, 6)
+    with torch.no_grad():
+        wanted = chip.rewind_("x")(x)
+        chip.rewind_("x")
+        batch = {"args": ({0: torch.export.Dim("n", min=2)},)}
+        exported = torch.export.export(chip, (x,), dynamic_shapes=batch).module()
+        close(exported(x), wanted)
+        assert exported(x[:2]).shape == (2, 5)
+        assert not torch.equal(exported(x), exported(x))
