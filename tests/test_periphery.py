@@ -82,6 +82,28 @@ def test_converters_and_tiles_by_hand(bound):
     close(chip(x).double(), torch.from_numpy(np.stack(expected)), rtol=1e-4, atol=1e-4)
 
 
+def test_serial_inputs_are_the_same_products():
+    layer, x = nn.Conv2d(6, 4, 3), torch.randn(2, 6, 5, 5)
+    for rows in (None, 20):
+        parallel = on_chip(layer, Gain(1.0), dac=Converter(6), rows=rows)
+        serial = on_chip(layer, Gain(1.0), dac=Converter(6), serial=True, rows=rows)
+        close(serial(x), parallel(x), rtol=1e-4, atol=1e-5)
+
+
+def test_serial_inputs_are_converted_bit_by_bit():
+    layer, x = nn.Linear(10, 4, bias=False), torch.randn(3, 10)
+    chip = on_chip(layer, Gain(1.0), dac=Converter(4), adc=Converter(5), serial=True)
+    w = layer.weight.detach().double().numpy()
+    for sample, found in zip(x.double().numpy(), chip(x).detach().double().numpy(), strict=True):
+        step = np.abs(sample).max() / 7
+        codes = np.clip(np.round(sample / step), -7, 7)
+        total = 0.0
+        for bit in range(3):
+            y = w @ (np.sign(codes) * (np.abs(codes).astype(int) >> bit & 1))
+            total = total + 2**bit * step * quantized(y, 5, np.abs(y).max())
+        np.testing.assert_allclose(found, total, rtol=1e-4, atol=1e-5)
+
+
 def test_a_convolutions_tiles_hold_whole_channels():
     layer, x = nn.Conv2d(6, 4, 3), torch.randn(2, 6, 5, 5)
     chip = on_chip(layer, Gain(1.0), adc=Converter(4), rows=20)  # two channels of nine each
@@ -224,6 +246,7 @@ def test_what_fails_leaves_the_ranges():
     [
         (lambda: Periphery(reads="some"), "Unknown reads"),
         (lambda: Periphery(rows=0), "rows must be 1"),
+        (lambda: Periphery(serial=True), "bits of a dac"),
         (lambda: Periphery(bound=0.0), "bound must be above 0"),
         (lambda: Periphery(wire_ohm=-1.0), "wire_ohm must be 0"),
         (lambda: Periphery(output_noise=float("nan")), "output_noise must be 0"),

@@ -36,6 +36,8 @@ class Periphery:
     Args:
         dac: of the inputs. Its range is the largest input of each sample, or what
             :func:`evenkeel.analog.calibrate_ranges_` has found, times its ``limit``.
+        serial: inputs enter as signed bits, one after the other, of which each is converted on its own
+            and shifted digitally; the bits are those of ``dac``.
         adc: of each tile's currents. Its range is, likewise, their largest in each sample, or what
             was found; with ``bound`` it is fixed.
         bound: range of the ADC, in products of the largest input and the largest conductance.
@@ -71,6 +73,7 @@ class Periphery:
     """
 
     dac: Converter | None = None
+    serial: bool = False
     adc: Converter | None = None
     bound: float | None = None
     rows: int | None = None
@@ -83,6 +86,8 @@ class Periphery:
             raise ConfigError(
                 f"Unknown reads {self.reads!r}. {nearest(self.reads, get_args(Reads))}"
             )
+        if self.serial and self.dac is None:
+            raise ConfigError("serial inputs have the bits of a dac; got none: dac=Converter(8).")
         if self.rows is not None and self.rows < 1:
             raise ConfigError(f"rows must be 1 or more; got {self.rows!r}.")
         if self.bound is not None and not 0 < self.bound < math.inf:
@@ -107,7 +112,7 @@ class Periphery:
     def __str__(self) -> str:
         """What is not ideal."""
         parts = [
-            f"{self.dac.bits}-bit DAC" if self.dac else "",
+            f"{self.dac.bits}{' serial bits' if self.serial else '-bit DAC'}" if self.dac else "",
             f"{self.adc.bits}-bit ADC" if self.adc else "",
             f"{self.rows} rows" if self.rows else "",
             "reads of their own" if self.reads == "each" else "",
@@ -129,28 +134,57 @@ def through(array: "AnalogLayer", x: Tensor) -> Tensor:
     driven = x if around.dac is None else converted(x, around.dac, peak)
     mean, variance = array.currents()
     total: Tensor | None = None
-    for columns, run in tiles(array, around.rows):
-        g = mean[:, columns].to(x.dtype)
-        y = run(driven, g)
-        full = peak * device.g_max
-        if variance is not None:
-            power = run(driven.square(), variance[:, columns].to(x.dtype))
-            y = y.addcmul_(power.clamp_min_(TINY).sqrt_(), _noise(array, y))
-        if around.wire_ohm:
-            y = _with_drop(y, run, driven, g, peak, around.wire_ohm * 1e-6)
-        if around.output_noise:
-            y = y + around.output_noise * _like(full, y) * _noise(array, y)
-        if array.watch is not None:
-            array.watch.take_currents(y)
-        if around.adc is not None:
-            if around.bound is not None:
-                limit = around.bound * _like(full, y)
-            else:
-                limit = _peak(array, y) if ranges is None else ranges[1].to(y.dtype)
-            y = converted(y, around.adc, limit)
-        total = y if total is None else total + y
+    for shift, inputs in _in_turn(driven, around, peak):
+        for columns, run in tiles(array, around.rows):
+            g, power = mean[:, columns].to(x.dtype), None
+            if variance is not None:
+                power = variance[:, columns].to(x.dtype)
+            y = _tile(array, run, inputs, g, power, peak) * shift
+            total = y if total is None else total + y
     assert total is not None
     return _scaled(array, total)
+
+
+def _tile(
+    array: "AnalogLayer", run: Run, x: Tensor, g: Tensor, power: Tensor | None, peak: Tensor
+) -> Tensor:
+    """What one tile gives to the digital side."""
+    around, device = array.device.periphery, array.device
+    assert around is not None
+    y = run(x, g)
+    full = _like(peak * device.g_max, y)
+    if power is not None:
+        deviation = run(x.square(), power).clamp_min_(TINY).sqrt_()
+        y = y.addcmul_(deviation, _noise(array, y))
+    if around.wire_ohm:
+        y = _with_drop(y, run, x, g, peak, around.wire_ohm * 1e-6)
+    if around.output_noise:
+        y = y + around.output_noise * full * _noise(array, y)
+    if array.watch is not None:
+        array.watch.take_currents(y)
+    if around.adc is None:
+        return y
+    if around.bound is not None:
+        limit = around.bound * full
+    else:
+        limit = array.ranges[1].to(y.dtype) if array.has_ranges else _peak(array, y)
+    return converted(y, around.adc, limit)
+
+
+def _in_turn(x: Tensor, around: Periphery, peak: Tensor) -> Iterator[tuple[float, Tensor]]:
+    """Inputs as they enter, and by what their products are multiplied digitally."""
+    if not around.serial or around.dac is None:
+        yield 1.0, x
+        return
+    step = step_of(around.dac, peak)
+    codes = (x / step).round()
+    magnitude, sign = codes.abs().to(torch.int32), codes.sign()
+    for bit in range(around.dac.bits - 1):
+        # As large as all bits together would be, so that all are converted in one range.
+        yield (
+            2.0**bit / 2 ** (around.dac.bits - 1),
+            ((magnitude >> bit & 1).to(x.dtype) * sign * step * 2 ** (around.dac.bits - 1)),
+        )
 
 
 def tiles(array: "AnalogLayer", rows: int | None) -> Iterator[tuple[slice, Run]]:
@@ -181,13 +215,17 @@ def tiles(array: "AnalogLayer", rows: int | None) -> Iterator[tuple[slice, Run]]
 
 def converted(x: Tensor, converter: Converter, largest: Tensor) -> Tensor:
     """What a converter makes of values in a range; their gradient passes where it does not clip."""
-    levels = 2 ** (converter.bits - 1) - 1
-    step = (largest * (converter.limit / levels)).clamp_min(TINY)
+    levels, step = 2 ** (converter.bits - 1) - 1, step_of(converter, largest)
     q: Tensor = (x / step).round_().clamp_(-levels, levels).mul_(step)
     if not x.requires_grad:
         return q
     inside: Tensor = x.clamp(-step * levels, step * levels)
     return inside + (q - inside).detach()
+
+
+def step_of(converter: Converter, largest: Tensor) -> Tensor:
+    """Between two codes, for a range on both sides of zero."""
+    return (largest * (converter.limit / (2 ** (converter.bits - 1) - 1))).clamp_min(TINY)
 
 
 def _peak(array: "AnalogLayer", x: Tensor) -> Tensor:
