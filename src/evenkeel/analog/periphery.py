@@ -36,8 +36,8 @@ class Periphery:
     Args:
         dac: of the inputs. Its range is the largest input of each sample, or what
             :func:`evenkeel.analog.calibrate_ranges_` has found, times its ``limit``.
-        serial: inputs enter as signed bits, one after the other, of which each is converted on its own
-            and shifted digitally; the bits are those of ``dac``.
+        serial: inputs enter as signed bits, one after the other, of which each is converted on its
+            own and shifted digitally; the bits are those of ``dac``.
         adc: of each tile's currents. Its range is, likewise, their largest in each sample, or what
             was found; with ``bound`` it is fixed.
         bound: range of the ADC, in products of the largest input and the largest conductance.
@@ -124,7 +124,7 @@ class Periphery:
 
 def through(array: "AnalogLayer", x: Tensor) -> Tensor:
     """A layer's output through its array and the periphery around it."""
-    around, device = array.device.periphery, array.device
+    around = array.device.periphery
     assert around is not None
     ranges, peak = array.ranges if array.has_ranges else None, x.new_zeros(())
     if array.watch is not None:
@@ -139,7 +139,8 @@ def through(array: "AnalogLayer", x: Tensor) -> Tensor:
             g, power = mean[:, columns].to(x.dtype), None
             if variance is not None:
                 power = variance[:, columns].to(x.dtype)
-            y = _tile(array, run, inputs, g, power, peak) * shift
+            y = _tile(array, run, inputs, g, power, peak)
+            y = y if shift == 1 else y * shift
             total = y if total is None else total + y
     assert total is not None
     return _scaled(array, total)
@@ -180,11 +181,9 @@ def _in_turn(x: Tensor, around: Periphery, peak: Tensor) -> Iterator[tuple[float
     codes = (x / step).round()
     magnitude, sign = codes.abs().to(torch.int32), codes.sign()
     for bit in range(around.dac.bits - 1):
-        # As large as all bits together would be, so that all are converted in one range.
-        yield (
-            2.0**bit / 2 ** (around.dac.bits - 1),
-            ((magnitude >> bit & 1).to(x.dtype) * sign * step * 2 ** (around.dac.bits - 1)),
-        )
+        # Each bit drives a row as far as all bits together would.
+        far = 2 ** (around.dac.bits - 1)
+        yield 2**bit / far, (magnitude >> bit & 1).to(x.dtype) * sign * (step * far)
 
 
 def tiles(array: "AnalogLayer", rows: int | None) -> Iterator[tuple[slice, Run]]:
@@ -225,7 +224,8 @@ def converted(x: Tensor, converter: Converter, largest: Tensor) -> Tensor:
 
 def step_of(converter: Converter, largest: Tensor) -> Tensor:
     """Between two codes, for a range on both sides of zero."""
-    return (largest * (converter.limit / (2 ** (converter.bits - 1) - 1))).clamp_min(TINY)
+    step: Tensor = largest * (converter.limit / (2 ** (converter.bits - 1) - 1))
+    return step.clamp_min(TINY)
 
 
 def _peak(array: "AnalogLayer", x: Tensor) -> Tensor:
