@@ -91,3 +91,16 @@ def test_what_cannot_be(net):
         chips.age_(1e9)
     assert [chip.age_s for chip in chips] == [60.0, 60.0]
     assert repr(chips) == "2 chips, seeds 0 to 1, WanReRAM"
+
+
+def test_what_is_no_tensor_is_handed_on():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=False)
+
+    y, nothing = program(Attends(), PCM(), seed=0, chips=2)(torch.randn(2, 3, 8))
+    assert (y.shape, nothing) == ((2, 2, 3, 8), None)

@@ -5,10 +5,11 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_sequence
 
-from evenkeel.analog import PCM, Gain, program
-from evenkeel.errors import ShapeError
+from evenkeel.analog import PCM, Converter, Device, Gain, Periphery, count, program
+from evenkeel.errors import ConfigError, ShapeError
 from evenkeel.layers import composite, expanded, register_composite
 
 close = torch.testing.assert_close
@@ -178,7 +179,9 @@ def test_only_some_of_its_layers():
     assert chip.digital["lstm.ih_l0"] == "left out by `layers`"
     tokens = torch.randint(0, 11, (N, 5))
     assert not torch.allclose(chip(tokens), net(tokens))
-    assert isinstance(chip.model.lstm, nn.LSTM)  # what nothing of is chosen stays as it was
+    assert isinstance(chip.model.lstm.ih_l0, nn.Linear)  # digital, and nothing goes past it
+    counts = count(chip, tokens)
+    assert counts.digital["lstm.hh_l0"] == 5 * E * 4 * E
 
 
 def test_a_layer_in_two_places_is_one_array():
@@ -187,3 +190,70 @@ def test_a_layer_in_two_places_is_one_array():
     chip = program(net, PCM(), seed=0)
     assert chip.model["a"] is chip.model["b"]
     assert len(list(chip.arrays())) == 2
+
+
+# ---- what a fresh look found
+
+COARSE = Device(Gain(1.0), periphery=Periphery(dac=Converter(2), adc=Converter(2)))
+
+
+@pytest.mark.parametrize("layers", [["linear1", "linear2"], None])
+def test_torch_does_not_compute_past_the_arrays(layers):
+    net, x = nn.TransformerEncoderLayer(E, 2, 16, batch_first=True).eval(), torch.randn(N, 5, E)
+    chip = program(net, COARSE, seed=0, layers=layers)
+    slow = chip(x)
+    with torch.no_grad():
+        close(chip(x), slow)
+    assert (slow - net(x)).abs().max() > 0.05
+
+
+class Sub(nn.MultiheadAttention):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def test_what_is_not_taken_apart_stays_digital_as_a_whole():
+    net, x = nn.ModuleDict({"a": Sub(E, 2), "b": nn.Linear(E, E)}).eval(), torch.randn(5, N, E)
+    chip = program(net, COARSE, seed=0)
+    assert [path for path, _ in chip.arrays()] == ["b"]
+    assert "forward of its own" in chip.digital["a"]
+    same(chip.model["a"](x, x, x), net["a"](x, x, x))
+
+
+def test_weights_that_a_hook_makes_are_refused():
+    pruned = nn.MultiheadAttention(E, 2)
+    prune.random_unstructured(pruned, "in_proj_weight", 0.5)
+    with pytest.raises(ConfigError, match="'in_proj_weight' of a MultiheadAttention is made by a"):
+        program(pruned, PCM(), seed=0)
+
+
+def test_a_samples_range_is_its_own():
+    chip = program(
+        nn.LSTM(E, 6, batch_first=True, num_layers=2),
+        Device(Gain(1.0), periphery=Periphery(dac=Converter(4), adc=Converter(5))),
+        seed=0,
+    )
+    x = torch.randn(4, 7, E)
+    x[3] *= 100
+    close(chip(x)[0][:3], chip(x[:3])[0])
+
+
+def test_hooks_and_attributes_are_those_of_the_layer():
+    net = nn.LSTM(E, 6, bidirectional=True).requires_grad_(False)
+    net.register_forward_hook(lambda module, args, output: (2 * output[0], output[1]))
+    x, chip = torch.randn(T, N, E), program(net, Gain(1.0), seed=0)
+    same(chip(x), net(x))
+    chip.model.flatten_parameters()
+    assert (chip.model.bidirectional, chip.model.input_size, chip.model.hidden_size) == (True, E, 6)
+    assert not any(p.requires_grad for p in chip.parameters())
+
+
+def test_what_torch_refuses_is_refused():
+    x = torch.randn(T, N, E)
+    with pytest.raises(ShapeError, match="give the mask too"):
+        expanded(nn.MultiheadAttention(E, 2))(x, x, x, is_causal=True)
+    lstm = expanded(nn.LSTM(E, 6))
+    with pytest.raises(ShapeError, match=r"States must be \(1, 3"):
+        lstm(x, (torch.zeros(1, 1, 6), torch.zeros(1, 1, 6)))
+    with pytest.raises(ShapeError, match="one step in time"):
+        lstm(x[:0])

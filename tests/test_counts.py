@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from evenkeel.analog import PCM, Device, Gain, Periphery, count, program
+from evenkeel.calibrate import match_
 from evenkeel.errors import ConfigError
 from evenkeel.quaternion import QuaternionConv2d
 
@@ -92,3 +93,17 @@ def test_a_read_is_frozen():
     assert torch.equal(plain(x[..., 0]), plain(x[..., 0]))
     # Four copies of a number are one again: the nearest quaternions.
     assert program(model, PCM(), seed=0).to_torch()(x).shape == model(x).shape
+
+
+def test_digital_layers_behind_a_match_count():
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)).eval(), torch.randn(20, 4)
+    match_(model, [x])
+    counts = count(program(model, PCM(), seed=0, layers=["0"]), x)
+    assert counts.digital == {"2": 24}
+    assert counts.analog_share == 0.5
+
+
+@pytest.mark.parametrize("inputs", [(), (torch.ones(0, 4),)])
+def test_no_samples_are_refused(inputs):
+    with pytest.raises(ConfigError, match="one sample or more"):
+        count(program(nn.Linear(4, 4), PCM(), seed=0), *inputs)

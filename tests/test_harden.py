@@ -130,3 +130,38 @@ def test_it_hardens():
         for net in (plain, hardened)
     ]  # fmt: skip
     assert cells[1].mean > cells[0].mean + 5
+
+
+def test_equal_weights_stay():
+    net = nn.Conv2d(1, 1, 2)
+    nn.init.constant_(net.weight, 0.25)
+    with hardening(net, 0.1):
+        pass
+    assert (net.weight == 0.25).all()
+
+
+def test_tied_weights_are_clipped_once():
+    net = nn.Sequential(nn.Linear(50, 50), nn.Linear(50, 50))
+    nn.init.normal_(net[0].weight)
+    net[1].weight = net[0].weight
+    x = torch.randn(3, 50)
+    with hardening(net, 0.1, clip=1.0):
+        wanted = net.eval()(x)
+    torch.testing.assert_close(net(x), wanted)
+
+
+def test_layers_that_the_noise_does_not_reach_are_named():
+    net = nn.ModuleDict({"r": nn.LSTM(3, 4), "out": nn.Linear(4, 2)})
+    with pytest.raises(ConfigError, match="weights of 'r', a LSTM"), hardening(net, 0.1):
+        pass
+    with hardening(net, 0.1, layers=["out"]):
+        pass
+
+
+def test_a_failure_at_the_start_leaves_plain_weights():
+    net = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+    with torch.inference_mode():
+        net[1].weight = nn.Parameter(torch.randn(5, 5))
+    with pytest.raises(RuntimeError), hardening(net, 0.1):
+        pass
+    assert not hasattr(net[0], "parametrizations")

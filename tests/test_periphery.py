@@ -18,6 +18,7 @@ from evenkeel.analog import (
     calibrate_ranges_,
     program,
 )
+from evenkeel.cli import hardware
 from evenkeel.draws import keyed_noise, read_key
 from evenkeel.errors import CalibrationError, ConfigError
 from evenkeel.quaternion import QuaternionConv2d, QuaternionLinear
@@ -245,8 +246,10 @@ def test_what_fails_leaves_the_ranges():
     ("action", "says"),
     [
         (lambda: Periphery(reads="some"), "Unknown reads"),
-        (lambda: Periphery(rows=0), "rows must be 1"),
+        (lambda: Periphery(rows=0), "1 or more; got 0"),
         (lambda: Periphery(serial=True), "bits of a dac"),
+        (lambda: Periphery(rows=2.5), "whole number"),
+        (lambda: Device(PCM(), periphery=Converter(8)), "must be a Periphery"),
         (lambda: Periphery(bound=0.0), "bound must be above 0"),
         (lambda: Periphery(wire_ohm=-1.0), "wire_ohm must be 0"),
         (lambda: Periphery(output_noise=float("nan")), "output_noise must be 0"),
@@ -339,3 +342,37 @@ def test_it_is_exported_for_any_batch_with_its_noise(net):
         close(exported(x), wanted)
         assert exported(x[:2]).shape == (2, 5)
         assert not torch.equal(exported(x), exported(x))
+
+
+@pytest.mark.parametrize("around", [EVERYTHING, {"dac": Converter(17), "adc": Converter(17)}])
+def test_half_precision_has_room(around):
+    chip = program(nn.Linear(8192, 3), Device(PCM(), periphery=Periphery(**around)), seed=0)
+    x = torch.rand(3, 8192)
+    x[1] = 0
+    wanted, found = chip.rewind_("x")(x), chip.half().rewind_("x")(x.half())
+    assert found.dtype == torch.float16
+    close(found.float(), wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item())
+
+
+def test_inputs_that_are_no_numbers_give_no_range():
+    chip = on_chip(nn.Linear(4, 3), Gain(1.0), adc=Converter(8))
+    x = torch.rand(5, 4)
+    for bad in (torch.inf, torch.nan):
+        x[0, 0] = bad
+        with pytest.raises(CalibrationError, match="NaN or infinite"):
+            calibrate_ranges_(chip, [x])
+    silent = nn.Linear(4, 3)
+    nn.init.zeros_(silent.weight)
+    assert calibrate_ranges_(on_chip(silent, Gain(1.0), adc=Converter(8)), [torch.rand(5, 4)])
+    chips = program(silent, Device(Gain(1.0), periphery=Periphery()), seed=0, chips=2)
+    with pytest.raises(ConfigError, match=r"take chips\[k\]"):
+        calibrate_ranges_(chips, [])
+
+
+def test_what_is_asked_for_is_added_to_a_devices_own(monkeypatch):
+    own = Device(PCM(), scale_per="column", periphery=Periphery(rows=4, output_noise=0.1))
+    monkeypatch.setattr(hardware, "resolve", lambda kind, name: own)
+    (found,) = hardware.devices_from(["mine"], 8, None, None, False)
+    assert found.periphery == Periphery(dac=Converter(8), rows=4, output_noise=0.1)
+    assert (found.scale_per, own.periphery.dac) == ("column", None)
+    assert hardware.devices_from(["mine"], None, None, None, False) == ["mine"]

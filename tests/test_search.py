@@ -168,3 +168,11 @@ def test_the_bench_times_every_way():
     assert rows[0]["ratio"] == 1
     assert {row["bytes"] for row in rows[:3]} == {100 * 64}
     assert all(np.isfinite(row["median_ms"]) for row in rows)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_query_finds_nothing(backend):
+    index = BitIndex(64, backend)
+    index.add(torch.randn(3, 64))
+    distances, rows = index.search(torch.randn(0, 64), 2)
+    assert distances.shape == rows.shape == (0, 2)

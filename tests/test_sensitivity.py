@@ -1,5 +1,6 @@
 """Which layers cost the accuracy."""
 
+import copy
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from evenkeel.audit import sensitivity as module
 from evenkeel.audit.run import evaluate
 from evenkeel.audit.sensitivity import sensitivity
 from evenkeel.audit.tasks import Classify
+from evenkeel.calibrate import match_
 from evenkeel.data import as_data
 from evenkeel.errors import ConfigError
 from evenkeel.saving import save
@@ -108,3 +110,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     facts = json.loads((tmp_path / "s.json").read_text())
     assert len(facts["layers"]) == len(facts["kept"])
     assert facts["smallest"] is None
+
+
+def test_a_matched_network(net, data):
+    matched = copy.deepcopy(net)
+    match_(matched, [batch[0] for batch in data.calibration])
+    found = sensitivity(matched, data, device="gaussian:0.05", age=0, chips=1)
+    assert [cost.layer for cost in found.layers] == ["0", "2", "4"]

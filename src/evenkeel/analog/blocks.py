@@ -30,13 +30,24 @@ def blockwise(f: Callable[[Any], Any], given: Any) -> Any:
         parts, out = _pytree.tree_flatten(f(_pytree.tree_unflatten(block, structure)))
         if not whole:
             whole = [_room(part, block[0], rows[0]) for part in parts]
-        for room, part in zip(whole, parts, strict=True):
-            if room is not None and room is not rows[0]:
-                room[start : start + size] = part.view(-1)
+        for k, part in enumerate(parts):
+            whole[k] = _kept(whole[k], part, block[0], rows[0], start)
         start += size
     return _pytree.tree_unflatten(
         [room if room is None else room.view(shape) for room in whole], out
     )
+
+
+def _kept(room: Any, part: Any, block: Tensor, row: Tensor, start: int) -> Any:
+    """The room with the part in it; one that was handed through so far is copied at need."""
+    if part is None and room is None:
+        return None
+    if room is row:
+        if part.data_ptr() == block.data_ptr():
+            return row
+        room = row.clone()
+    room[start : start + part.numel()] = part.view(-1)
+    return room
 
 
 def _room(part: Tensor | None, block: Tensor, row: Tensor) -> Tensor | None:

@@ -78,7 +78,7 @@ class Chips:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The network's outputs on each chip, stacked along a new first axis."""
         outputs = [self._bring(k)(*args, **kwargs) for k in range(len(self))]
-        return torch.utils._pytree.tree_map(lambda *of: torch.stack(of), *outputs)
+        return torch.utils._pytree.tree_map(_stacked, *outputs)
 
     def _bring(self, k: int) -> Chip:
         """The network with the devices of chip k."""
@@ -95,3 +95,8 @@ class Chips:
     def __repr__(self) -> str:
         """Number, seeds and device."""
         return f"{len(self)} chips, seeds {self.seeds[0]} to {self.seeds[-1]}, {self.device.name}"
+
+
+def _stacked(*of_each: Any) -> Any:
+    """Tensors of all chips; of anything else that of the first."""
+    return torch.stack(of_each) if isinstance(of_each[0], Tensor) else of_each[0]

@@ -11,6 +11,7 @@ from evenkeel.analog.chip import Chip
 from evenkeel.analog.layer import AnalogLayer
 from evenkeel.analog.periphery import tiles
 from evenkeel.errors import ConfigError
+from evenkeel.layers import Wrapper
 
 _WITH_WEIGHTS = {"mm", "addmm", "convolution"}
 """Operations by which layers multiply with weights; products of activations have others."""
@@ -68,15 +69,16 @@ def count(chip: Chip, *inputs: Any) -> Counts:
     from torch.utils.flop_counter import FlopCounterMode  # slow to import
 
     leaves = torch.utils._pytree.tree_leaves(inputs)
-    samples = next(len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim())
+    samples = next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 0)
+    if not samples:
+        raise ConfigError("Counting needs inputs with one sample or more; got none.")
     seen: dict[str, list[float]] = {}  # products, multiplications
     reads = {path: array.reads.clone() for path, array in chip.arrays()}
-    with contextlib.ExitStack() as hooks, FlopCounterMode(display=False) as flops:
+    with contextlib.ExitStack() as after, FlopCounterMode(display=False) as flops:
         for path, array in chip.arrays():
-            hooks.callback(array.register_forward_hook(_counting(seen, path)).remove)
+            after.callback(array.register_forward_hook(_counting(seen, path)).remove)
+            after.callback(array.reads.copy_, reads[path])
         chip(*inputs)
-    for path, array in chip.arrays():
-        array.reads.copy_(reads[path])
     if not seen:
         raise ConfigError("The inputs reach no layer of the chip, so there is nothing to count.")
     arrays = dict(chip.arrays())
@@ -114,8 +116,10 @@ def _counting(seen: dict[str, list[float]], path: str) -> Any:
 
 def _own(model: nn.Module, path: str, by_module: dict[str, dict[Any, int]]) -> float:
     """Multiplications of a module itself, without those of the modules in it."""
-    name = f"Chip.model.{path}".rstrip(".")
-    parts = [f"{name}.{part}" for part, _ in model.get_submodule(path).named_children()]
+    name, module = f"Chip.model.{path}".rstrip("."), model.get_submodule(path)
+    while isinstance(module, Wrapper):  # what goes by the layer's path
+        name, module = f"{name}.layer", module.layer
+    parts = [f"{name}.{part}" for part, _ in module.named_children()]
     whole, *inside = (_of_weights(by_module.get(at, {})) for at in (name, *parts))
     return (whole - sum(inside)) / 2
 

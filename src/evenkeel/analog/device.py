@@ -138,6 +138,11 @@ class Device:
                 f"{models[first].name} holds for life, so it must come after {', '.join(late)}."
             )
         own = next((m for m in models if getattr(m, "g_max", None)), None)
+        if periphery is not None and not hasattr(periphery, "needs_peak"):
+            raise ConfigError(
+                f"periphery must be a Periphery, such as Periphery(adc=Converter(8)); got "
+                f"{type(periphery).__name__}."
+            )
         self.models = models
         self.periphery = periphery
         self.scale_per = scale_per

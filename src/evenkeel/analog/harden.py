@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from evenkeel.draws import keyed_noise, read_key
 from evenkeel.errors import ConfigError
-from evenkeel.layers import chosen_paths, require_own_weight, weight_layer
+from evenkeel.layers import chosen_paths, is_composite, require_own_weight, weight_layer
 
 
 class InjectedNoise(nn.Module):
@@ -35,6 +35,7 @@ class InjectedNoise(nn.Module):
         """The weight that is used."""
         if math.isfinite(self.clip):
             limit = self.clip * w.detach().std(correction=0)
+            limit = torch.where(limit > 0, limit, torch.inf)  # equal weights stay
             w = w.clamp(-limit, limit)
         if not self.training or self.level == 0:
             return w
@@ -57,7 +58,8 @@ def hardening(
     Inside, in training mode, every layer that a chip would hold has noise on its weights, see
     :class:`InjectedNoise`; in eval mode they are only clipped. Make the optimizer inside, as the
     parameters are other objects there. Behind it the network has plain weights again, clipped as
-    they were trained. After an exception the weights are those from before.
+    they were trained; a further time clips further. After an exception the weights are those from
+    before.
 
     Args:
         model: changed in place.
@@ -92,28 +94,37 @@ def hardening(
     if not clip > 0:
         raise ConfigError(f"clip must be above 0, in standard deviations; got {clip!r}.")
     known = {path: m for path, m in model.named_modules() if weight_layer(m) is not None}
+    missed = [path for path, m in model.named_modules() if is_composite(m)]
+    if missed and layers is None:
+        raise ConfigError(
+            f"The noise does not reach the weights of '{missed[0]}', a "
+            f"{type(model.get_submodule(missed[0])).__name__}. Name the layers to harden, "
+            f"layers=[...]."
+        )
     chosen = set(known) if layers is None else chosen_paths(layers, list(known))
     for path in chosen:
         require_own_weight(known[path], path)
         if parametrize.is_parametrized(known[path], "weight"):
             raise ConfigError(f"The weight of '{path}' is made of other parameters; harden those.")
     before = {path: known[path].weight.detach().clone() for path in sorted(chosen)}
-    for path, weight in before.items():
-        noise = InjectedNoise(level, clip, seed, path).to(weight.device)
-        parametrize.register_parametrization(known[path], "weight", noise)
     try:
+        for path, weight in before.items():
+            noise = InjectedNoise(level, clip, seed, path).to(weight.device)
+            parametrize.register_parametrization(known[path], "weight", noise)
         yield model
     except BaseException:
-        _end(known, before, keep=False)
+        _end(known, before)
         raise
-    _end(known, before, keep=True)
+    hooks = [known[path].parametrizations.weight.eval() for path in before]
+    _end(known, {path: hook().detach() for path, hook in zip(before, hooks, strict=True)})
 
 
-def _end(known: dict[str, nn.Module], before: dict[str, Tensor], *, keep: bool) -> None:
-    for path, weight in before.items():
-        layer = known[path]
-        layer.parametrizations.weight.eval()  # type: ignore[union-attr]
-        parametrize.remove_parametrizations(layer, "weight")
-        if not keep:
-            with torch.no_grad():
-                layer.weight.copy_(weight)  # type: ignore[operator]
+def _end(known: dict[str, nn.Module], weights: dict[str, Tensor]) -> None:
+    """Plain parameters again, of these values."""
+    for path in weights:
+        if parametrize.is_parametrized(known[path], "weight"):
+            known[path].parametrizations.weight.eval()  # type: ignore[union-attr]
+            parametrize.remove_parametrizations(known[path], "weight")
+    with torch.no_grad():
+        for path, weight in weights.items():
+            known[path].weight.copy_(weight)  # type: ignore[operator]

@@ -14,7 +14,7 @@ from evenkeel.analog.periphery import through
 from evenkeel.analog.reads import read_moments
 from evenkeel.draws import Draws, keyed_normal, read_key
 from evenkeel.errors import ConfigError
-from evenkeel.layers import WeightLayer, require_own_weight, restore_precision
+from evenkeel.layers import WeightLayer, called, require_own_weight, restore_precision
 
 _FORWARD_HOOKS = (
     "_forward_hooks",
@@ -83,6 +83,7 @@ class AnalogLayer(nn.Module):
         for hooks in _FORWARD_HOOKS:  # they belong to the call, and that is now this module's
             vars(self)[hooks] = vars(self.layer)[hooks]
             vars(self.layer)[hooks] = OrderedDict()
+        self.register_forward_hook(called)  # or torch's transformer layers would compute past it
         # For what is digital only: not a module of this one, as it has nothing of its own.
         object.__setattr__(self, "bare", _without_bias(self.layer))
         self.dtype = matrix.dtype

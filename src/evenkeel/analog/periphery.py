@@ -88,8 +88,8 @@ class Periphery:
             )
         if self.serial and self.dac is None:
             raise ConfigError("serial inputs have the bits of a dac; got none: dac=Converter(8).")
-        if self.rows is not None and self.rows < 1:
-            raise ConfigError(f"rows must be 1 or more; got {self.rows!r}.")
+        if self.rows is not None and (not isinstance(self.rows, int) or self.rows < 1):
+            raise ConfigError(f"rows must be a whole number, 1 or more; got {self.rows!r}.")
         if self.bound is not None and not 0 < self.bound < math.inf:
             raise ConfigError(f"bound must be above 0 and finite; got {self.bound!r}.")
         for name in ("output_noise", "wire_ohm"):
@@ -126,6 +126,8 @@ def through(array: "AnalogLayer", x: Tensor) -> Tensor:
     """A layer's output through its array and the periphery around it."""
     around = array.device.periphery
     assert around is not None
+    if x.dtype == torch.float16:  # which has no room for currents
+        return through(array, x.float()).half()
     ranges, peak = array.ranges if array.has_ranges else None, x.new_zeros(())
     if array.watch is not None:
         array.watch.take_inputs(x)

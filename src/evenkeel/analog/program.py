@@ -15,7 +15,7 @@ from evenkeel.analog.chips import Chips
 from evenkeel.analog.device import Device, DeviceModel, as_device
 from evenkeel.analog.layer import AnalogLayer
 from evenkeel.errors import ConfigError
-from evenkeel.layers import chosen_paths, expanded, unwrapped, weight_layer
+from evenkeel.layers import chosen_paths, expanded, is_composite, unwrapped, weight_layer
 
 LayerChoice = Collection[str] | Callable[[str, nn.Module], bool] | None
 
@@ -91,19 +91,22 @@ def program(
         if path.startswith(inside):
             continue
         name = unwrapped(model, path)
-        if parametrize.is_parametrized(module):
-            inside += (f"{path}.parametrizations".lstrip("."),)
-        elif (whole := expanded(module)) is not None:
+        if is_composite(module):
             inside += (f"{path}.".lstrip("."),)
-            if _put_parts(whole, name, array_of, chosen, digital):
+            if (whole := expanded(module)) is None:
+                digital[name] = _why_digital(module, known=False) or ""
+            else:
+                _put_parts(whole, name, array_of, chosen, digital)
                 arrays[id(module)] = whole
             continue
+        if parametrize.is_parametrized(module):
+            inside += (f"{path}.parametrizations".lstrip("."),)
         weights = weight_layer(module)
         if weights is not None and chosen(name, module):
             arrays[id(module)] = array_of(module, weights, path=name)
         elif reason := _why_digital(module, known=weights is not None):
             digital[name] = reason
-    if not arrays:
+    if not any(isinstance(m, AnalogLayer) for whole in arrays.values() for m in whole.modules()):
         held = (
             "; ".join(f"'{path}': {why}" for path, why in digital.items()) or "no layer has weights"
         )
@@ -123,19 +126,14 @@ def _put_parts(
     array_of: Callable[..., AnalogLayer],
     chosen: Callable[[str, nn.Module], bool],
     digital: dict[str, str],
-) -> bool:
-    """Put the linear layers of a composite one onto arrays; False where none is chosen."""
-    found = False
+) -> None:
+    """Put those linear layers of a composite one onto arrays that are chosen."""
     for part, module in list(whole.named_children()):
         weights, path = weight_layer(module), f"{name}.{part}".lstrip(".")
-        if weights is None:
-            continue
-        if chosen(path, module):
+        if weights is not None and chosen(path, module):
             setattr(whole, part, array_of(module, weights, path=path))
-            found = True
-        else:
+        elif weights is not None:
             digital[path] = "left out by `layers`"
-    return found
 
 
 def _choice(model: nn.Module, layers: LayerChoice) -> Callable[[str, nn.Module], bool]:
@@ -161,6 +159,11 @@ def _why_digital(module: nn.Module, *, known: bool) -> str | None:
     own = list(module.parameters(recurse=False))
     if parametrize.is_parametrized(module):
         own += module.parametrizations.parameters()  # type: ignore[union-attr]
+    if is_composite(module):
+        return (
+            f"{type(module).__name__} has a forward of its own, or weights that are made by "
+            f"parametrizations"
+        )
     if any(p.dim() > 1 for p in own):
         return f"{type(module).__name__} is not a kind of layer that can be programmed"
     return None

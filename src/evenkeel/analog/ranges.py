@@ -52,6 +52,10 @@ def calibrate_ranges_(
     """
     if not 0 < quantile <= 1:
         raise ConfigError(f"quantile must be above 0 and at most 1; got {quantile!r}.")
+    if not isinstance(chip, Chip):
+        raise ConfigError(
+            f"Ranges are those of one chip; got {type(chip).__name__}. Of many, take chips[k]."
+        )
     if chip.device.periphery is None:
         raise ConfigError(
             "Ranges are those of converters, and this chip's device has no periphery: "
@@ -68,11 +72,15 @@ def calibrate_ranges_(
         for batch in batches:
             forward(chip, batch)
         found = {path: (saw.inputs, saw.currents) for path, saw in seen.items()}
-        if blind := [path for path, pair in found.items() if not min(pair) > 0]:
-            raise CalibrationError(
-                f"The layer '{blind[0]}' has seen no input, or nothing but zeros, so its range is "
-                f"not known. Give batches that reach every layer."
-            )
+        for path, pair in found.items():
+            if not all(map(math.isfinite, pair)):
+                raise CalibrationError(f"Inputs or currents of '{path}' are NaN or infinite.")
+            if not pair[0] > 0:
+                raise CalibrationError(
+                    f"The layer '{path}' has seen no input, or nothing but zeros, so its range is "
+                    f"not known. Give batches that reach every layer."
+                )
+            found[path] = pair[0], pair[1] or 1.0  # weights of zero: any range will do
     except BaseException:
         _put(chip, before)
         raise
@@ -96,6 +104,8 @@ class _Seen:
         flat = values.detach().abs().flatten().float()
         if not len(flat):
             return 0.0
+        if not bool(torch.isfinite(flat).all()):
+            return math.inf
         return float(flat.kthvalue(max(1, math.ceil(self.quantile * len(flat)))).values)
 
 

@@ -116,7 +116,7 @@ def sensitivity(
     samples, age_s = as_data(data), parse_age(age)
     model = copy.deepcopy(model).eval()
     measured.check(copy.deepcopy(model), samples.test, samples.classes)
-    paths = [path for path, _ in hardware.program(model, seed=seed).arrays()]
+    paths = [array.path for _, array in hardware.program(model, seed=seed).arrays()]
     total, done = (2 * len(paths) + 1) * chips, 0
 
     def on_chips(layers: Collection[str]) -> float:

@@ -1,7 +1,7 @@
 """``evenkeel devices``."""
 
 import json
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from importlib.metadata import entry_points
 from inspect import getdoc
 from pathlib import Path
@@ -32,10 +32,11 @@ def devices(*, json_file: Annotated[Path | None, Parameter(name="--json")] = Non
         table.add_column(title)
     for entry in sorted(entry_points(group="evenkeel.devices"), key=lambda e: e.name):
         kind = entry.load()
-        defaults = {f.name: None if f.default is MISSING else f.default for f in fields(kind)}
+        known = fields(kind) if is_dataclass(kind) else ()  # others may be functions
+        defaults = {f.name: None if f.default is MISSING else f.default for f in known}
         summary = (getdoc(kind) or "").split("\n")[0]
         settings = (k if v is None else f"{k}={v}" for k, v in defaults.items())
-        figures = {} if None in defaults.values() else _figures(kind())
+        figures = {} if not known or None in defaults.values() else _figures(kind())
         shown = [f"{title} {mean:.1f} ± {off:.1f} %" for title, (mean, off) in figures.items()]
         table.add_row(entry.name, ", ".join(settings), summary, "\n".join(shown))
         listed.append(

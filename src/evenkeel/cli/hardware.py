@@ -1,6 +1,9 @@
 """Devices by name, with the converters and tiles that are asked for around them."""
 
+import copy
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from evenkeel.analog import Converter, Device, Periphery
 from evenkeel.analog.device import as_device
@@ -15,22 +18,24 @@ def devices_from(
     """The names; or, where anything around the arrays is asked for, the devices with it."""
     if dac is adc is rows is None and not own_reads:
         return names
-    around = Periphery(
-        dac=None if dac is None else Converter(dac),
-        adc=None if adc is None else Converter(adc),
-        rows=rows,
-        reads="each" if own_reads else "shared",
-    )
-    return [_with(name, around) for name in names]
+    asked = {
+        "dac": dac and Converter(dac),
+        "adc": adc and Converter(adc),
+        "rows": rows,
+        "reads": "each" if own_reads else None,
+    }
+    asked = {setting: value for setting, value in asked.items() if value is not None}
+    return [_with(name, asked) for name in names]
 
 
-def _with(name: str, around: Periphery) -> Device:
+def _with(name: str, asked: dict[str, Any]) -> Device:
     device = resolve("devices", name)
     try:
-        bare = as_device(device)
+        made = copy.copy(as_device(device))
     except ConfigError as error:
         raise ConfigError(
             f"--dac, --adc, --rows and --own-reads are for evenkeel's own devices; {name!r} is "
             f"another. Put them into its own settings."
         ) from error
-    return Device(*bare.models, scale_per=bare.scale_per, g_max=bare.g_max, periphery=around)
+    made.periphery = dataclasses.replace(made.periphery or Periphery(), **asked)
+    return made

@@ -1,6 +1,7 @@
 """What the methods need to know of a layer: its weights as a matrix, its running statistics."""
 
 from evenkeel.layers.composite import expanded as expanded
+from evenkeel.layers.composite import is_composite as is_composite
 from evenkeel.layers.composite import register_composite as register_composite
 from evenkeel.layers.modes import being_captured as being_captured
 from evenkeel.layers.modes import in_eval as in_eval
@@ -19,4 +20,5 @@ from evenkeel.layers.weights import registered_kinds as registered_kinds
 from evenkeel.layers.weights import require_own_weight as require_own_weight
 from evenkeel.layers.weights import weight_layer as weight_layer
 from evenkeel.layers.wrapper import Wrapper as Wrapper
+from evenkeel.layers.wrapper import called as called
 from evenkeel.layers.wrapper import unwrapped as unwrapped

@@ -4,14 +4,25 @@ A chip, or any other method that works on matrices, then finds plain ``nn.Linear
 kind is one function and a call of :func:`register_composite`.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from evenkeel.errors import ConfigError, ShapeError
 
 Expand = Callable[[Any], nn.Module]
 _KINDS: dict[type[nn.Module], Expand] = {}
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 def register_composite(kind: type[nn.Module], expand: Expand) -> None:
@@ -20,22 +31,40 @@ def register_composite(kind: type[nn.Module], expand: Expand) -> None:
 
 
 def expanded(layer: nn.Module) -> nn.Module | None:
-    """The layer as a module of linear layers with copies of its weights; None for other kinds."""
-    if "forward" in vars(layer):
+    """The layer as a module of linear layers with copies of its weights; None for other kinds.
+
+    It has the layer's hooks, and its plain attributes such as ``hidden_size``. One whose weights a
+    hook makes anew is refused with a ConfigError.
+    """
+    kind = next((k for k in type(layer).__mro__ if k in _KINDS), None)
+    if kind is None or "forward" in vars(layer) or type(layer).forward is not kind.forward:
         return None
-    for kind in type(layer).__mro__:
-        if kind in _KINDS:
-            same = type(layer) is kind or type(layer).forward is kind.forward
-            return _KINDS[kind](layer).train(layer.training) if same else None
-    return None
+    if made := [name for name, value in vars(layer).items() if isinstance(value, Tensor)]:
+        raise ConfigError(
+            f"{made[0]!r} of a {type(layer).__name__} is made by a hook at each forward (pruning, "
+            f"or weight_norm of old), so what it holds now may be stale. Make it a plain parameter "
+            f"first: prune.remove(layer, {made[0]!r}) or remove_weight_norm(layer, {made[0]!r})."
+        )
+    if parametrize.is_parametrized(layer):
+        return None
+    whole = _KINDS[kind](layer).train(layer.training)
+    for name, value in vars(layer).items():
+        if name in _HOOKS or not (name.startswith("_") or hasattr(whole, name)):
+            vars(whole)[name] = copy.copy(value) if name in _HOOKS else value
+    return whole
+
+
+def is_composite(layer: nn.Module) -> bool:
+    """Whether it is of such a kind, or derived from one."""
+    return isinstance(layer, tuple(_KINDS))
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A linear layer that holds copies of these."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.detach().clone())
+    layer.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
     if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone())
+        layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
     return layer
 
 
@@ -77,6 +106,8 @@ class Attention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As ``nn.MultiheadAttention``."""
+        if is_causal and attn_mask is None:
+            raise ShapeError("is_causal only says what attn_mask is: give the mask too.")
         single = query.dim() == 2
         swapped = not (self.batch_first or single)
         given = [t.unsqueeze(0) if single else t for t in (query, key, value)]

@@ -52,6 +52,9 @@ class Recurrent(nn.Module):
             if layer.proj_size:
                 self.add_module(f"hr_{name}", linear(getattr(layer, f"weight_hr_{name}"), None))
 
+    def flatten_parameters(self) -> None:
+        """Nothing: there is nothing to flatten."""
+
     def _names(self) -> list[str]:
         return [f"l{k}{end}" for k in range(self.num_layers) for end in self.ends]
 
@@ -65,6 +68,8 @@ class Recurrent(nn.Module):
         single = input.dim() == 2
         x = input.unsqueeze(1) if single else input
         x = x.transpose(0, 1) if self.batch_first and not single else x  # (T, N, inputs)
+        if not len(x):
+            raise ShapeError("A recurrent layer needs one step in time or more; got none.")
         states = self._begin(x, hx, single)
         last: list[State] = []
         for k in range(self.num_layers):
@@ -92,10 +97,16 @@ class Recurrent(nn.Module):
             return [tuple(x.new_zeros(x.shape[1], n) for n in sizes)] * number
         parts = hx if isinstance(hx, tuple | list) else (hx,)
         parts = [part.unsqueeze(1) if single else part for part in parts]
+        if any(part.shape[:2] != (number, x.shape[1]) for part in parts):
+            raise ShapeError(
+                f"States must be ({number}, {x.shape[1]}, ...), for each layer, direction and "
+                f"sample; got {[tuple(part.shape) for part in parts]}."
+            )
         return [tuple(part[k] for part in parts) for k in range(number)]
 
     def _run(self, x: Tensor, name: str, state: State, *, backward: bool) -> tuple[Tensor, State]:
-        products = getattr(self, f"ih_{name}")(x)  # of all times at once
+        # Of all times at once; samples first, as converters look at each sample.
+        products = getattr(self, f"ih_{name}")(x.transpose(0, 1)).transpose(0, 1)
         of_state, outputs = getattr(self, f"hh_{name}"), []
         times = range(len(x))
         for t in reversed(times) if backward else times:

@@ -18,7 +18,7 @@ class Wrapper(nn.Module):
         super().__init__()
         self.layer = layer
         # torch's transformer layers compute past their sublayers where none of them has a hook.
-        self.register_forward_hook(_called)
+        self.register_forward_hook(called)
 
     def __getattr__(self, name: str) -> Any:
         """What the wrapper lacks, such as ``weight`` or ``in_features``, is the layer's."""
@@ -30,8 +30,8 @@ class Wrapper(nn.Module):
             return getattr(self.layer, name)
 
 
-def _called(module: nn.Module, args: Any, output: Any) -> None:
-    """Nothing: what counts is that it is there."""
+def called(module: nn.Module, args: Any, output: Any) -> None:
+    """Nothing: what counts is that there is a hook."""
 
 
 def unwrapped(model: nn.Module, path: str) -> str:

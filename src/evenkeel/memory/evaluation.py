@@ -146,7 +146,8 @@ def _answered(
     keys: Tensor, queries: Tensor, question: Question, episode: Episode, seed: int
 ) -> list[float]:
     if question.code == "prototypes":
-        return [_right(by_prototypes(keys, episode.support_labels, queries), episode)]
+        found = by_prototypes(keys, episode.support_labels, queries)
+        return [_right(found, episode)] * len(question.ages)
     memory = question.memory(keys.shape[1], seed)
     memory.write(keys, episode.support_labels)
     shares = []
@@ -166,7 +167,7 @@ def _right(found: Tensor, episode: Episode) -> float:
 @functools.lru_cache(maxsize=2)
 def _sampler(vectors: str, of: Question, seed: int) -> EpisodeSampler:
     _, labels = _read(vectors)
-    queries = of.queries(int(torch.bincount(labels).min()))
+    queries = of.queries(int(labels.unique(return_counts=True)[1].min()))
     return EpisodeSampler(labels, of.ways, of.shots, queries, episodes=sys.maxsize, seed=seed)
 
 

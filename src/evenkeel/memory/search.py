@@ -79,6 +79,8 @@ class BitIndex:
         if k < 1:
             raise ConfigError(f"k must be 1 or more; got {k!r}.")
         k, packed = min(k, len(self)), self._packed(queries)
+        if not len(packed):
+            return torch.zeros(0, k, dtype=torch.int64), torch.zeros(0, k, dtype=torch.int64)
         if self.backend == "faiss":
             distances, rows = map(torch.from_numpy, self._faiss.search(packed, k))
         else:
