@@ -1209,6 +1209,7 @@ def in_ddp(rank, folder):
     parallel = DistributedDataParallel(kalman)
     parallel(batch_of_all()[4 * rank :][:4]).square().mean().backward()
     torch.save((grads(kalman), buffers(kalman)), f"{folder}/{rank}.pt")
+    dist.barrier()  # one that leaves early may take the other with it
     dist.destroy_process_group()
 
 
