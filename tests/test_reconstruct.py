@@ -96,6 +96,12 @@ def test_what_does_not_fit_is_refused(batch, model, says):
         Reconstruct().check(model, [batch], ())
 
 
+def test_every_batch_is_looked_at():
+    good, bad = (torch.rand(2, 3, 4, 4),), (torch.rand(2, 3, 4, 4) + 1,)
+    with pytest.raises(ConfigError, match="must lie in 0 to 1"):
+        Reconstruct().check(nn.Identity(), [good, bad], ())
+
+
 def test_it_is_known_by_name():
     assert resolve("tasks", "reconstruct") == Reconstruct()
     assert resolve("tasks", "reconstruct:255").to_dict() == {

@@ -14,14 +14,12 @@ from evenkeel.analog.periphery import through
 from evenkeel.analog.reads import read_moments
 from evenkeel.draws import Draws, keyed_normal, read_key
 from evenkeel.errors import ConfigError
-from evenkeel.layers import WeightLayer, called, require_own_weight, restore_precision
-
-_FORWARD_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
+from evenkeel.layers import (
+    FORWARD_HOOKS,
+    WeightLayer,
+    called,
+    require_own_weight,
+    restore_precision,
 )
 
 
@@ -80,7 +78,7 @@ class AnalogLayer(nn.Module):
             )
         self.target, unit = device.convert(matrix)  # (2, outputs, inputs), (outputs or 1, 1)
         self.layer = _without_weight(layer)
-        for hooks in _FORWARD_HOOKS:  # they belong to the call, and that is now this module's
+        for hooks in FORWARD_HOOKS:  # they belong to the call, and that is now this module's
             vars(self)[hooks] = vars(self.layer)[hooks]
             vars(self.layer)[hooks] = OrderedDict()
         self.register_forward_hook(called)  # or torch's transformer layers would compute past it

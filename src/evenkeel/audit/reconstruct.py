@@ -50,7 +50,7 @@ class Reconstruct:
     def check(self, model: nn.Module, batches: Sequence[Any], classes: Sequence[str]) -> None:
         """Pictures of values from 0 to the peak, and outputs of their shape."""
         first = batches[0]
-        x = first[0] if isinstance(first, tuple | list) and len(first) else first
+        x = _input(first)
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 3:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ConfigError(
@@ -58,7 +58,8 @@ class Reconstruct:
                 f"{got}."
             )
         target = _target(first)
-        low, high = float(target.min()), float(target.max())
+        low = min(float(_target(batch).min()) for batch in batches)
+        high = max(float(_target(batch).max()) for batch in batches)
         if low < 0 or high > self.peak:
             raise ConfigError(
                 f"Pictures must lie in 0 to {self.peak:g}; got {low:.3g} to {high:.3g}. Give "

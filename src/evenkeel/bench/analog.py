@@ -74,9 +74,7 @@ def _rows(batch: int, rounds: int) -> list[dict[str, Any]]:
         {
             "batch": batch,
             "way": name,
-            "median_ms": timing.median_ms,
-            "quartiles_ms": [timing.low_ms, timing.high_ms],
-            "ratio": timing.ratio,
+            **timing.to_dict(),
         }
         for name, timing in zip(ways, timings, strict=True)
     ]

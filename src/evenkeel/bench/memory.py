@@ -53,9 +53,7 @@ def _rows(size: int, rounds: int) -> list[dict[str, Any]]:
         {
             "keys": size,
             "way": name,
-            "median_ms": timing.median_ms,
-            "quartiles_ms": [timing.low_ms, timing.high_ms],
-            "ratio": timing.ratio,
+            **timing.to_dict(),
             "bytes": nbytes,
         }
         for (name, (_, nbytes)), timing in zip(candidates.items(), timings, strict=True)

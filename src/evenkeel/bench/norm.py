@@ -74,9 +74,7 @@ def _rows(
             "layout": layout,
             "way": way,
             "layer": name,
-            "median_ms": timing.median_ms,
-            "quartiles_ms": [timing.low_ms, timing.high_ms],
-            "ratio": timing.ratio,
+            **timing.to_dict(),
             "activations_kept": kept[name] if way == "eager" else None,
         }
 

@@ -80,7 +80,5 @@ def _rows(
             "way": way,
             "layer": name,
             "parameters": sum(p.numel() for p in layer.parameters()),
-            "median_ms": timing.median_ms,
-            "quartiles_ms": [timing.low_ms, timing.high_ms],
-            "ratio": timing.ratio,
+            **timing.to_dict(),
         }

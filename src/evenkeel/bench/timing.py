@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -28,6 +29,14 @@ class Timing:
     low_ms: float
     high_ms: float
     ratio: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "median_ms": self.median_ms,
+            "quartiles_ms": [self.low_ms, self.high_ms],
+            "ratio": self.ratio,
+        }
 
 
 def compare(candidates: Sequence[Callable[[], object]], rounds: int = 9) -> list[Timing]:

@@ -13,7 +13,6 @@ from evenkeel.calibrate.collect import measured
 from evenkeel.calibrate.statistics import in_eval, uncompiled
 from evenkeel.errors import CalibrationError
 from evenkeel.layers import (
-    channel_dim,
     chosen_paths,
     restore_precision,
     running_normalizers,
@@ -237,6 +236,11 @@ def matched_paths(model: nn.Module) -> dict[str, int]:
         for path, module in model.named_modules()
         if isinstance(module, Matched)
     }
+
+
+def channel_dim(layer: nn.Module) -> int:
+    """Axis of a layer's output that its weights' rows stand for."""
+    return -1 if hasattr(layer, "out_features") else 1
 
 
 class _Outputs:

@@ -67,7 +67,7 @@ def audit(
     weights
         Safetensors file of the network's weights; "own" where the factory loads them itself.
     data
-        "digits", "cifar10", "mnist", a folder of images (test/CLASS/IMAGE.png and
+        "digits", "cifar10", "mnist", "kodak", a folder of images (test/CLASS/IMAGE.png and
         train/CLASS/IMAGE.png), or module:function that returns evenkeel.data.Data.
     data_root
         Where published sets lie, in their own layouts; default $EVENKEEL_DATA.

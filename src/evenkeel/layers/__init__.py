@@ -1,5 +1,6 @@
 """What the methods need to know of a layer: its weights as a matrix, its running statistics."""
 
+from evenkeel.layers.composite import FORWARD_HOOKS as FORWARD_HOOKS
 from evenkeel.layers.composite import expanded as expanded
 from evenkeel.layers.composite import is_composite as is_composite
 from evenkeel.layers.composite import register_composite as register_composite
@@ -13,7 +14,6 @@ from evenkeel.layers.precision import lowered as lowered
 from evenkeel.layers.precision import restore_precision as restore_precision
 from evenkeel.layers.recurrent import Recurrent as Recurrent
 from evenkeel.layers.weights import WeightLayer as WeightLayer
-from evenkeel.layers.weights import channel_dim as channel_dim
 from evenkeel.layers.weights import chosen_paths as chosen_paths
 from evenkeel.layers.weights import register_weight_layer as register_weight_layer
 from evenkeel.layers.weights import registered_kinds as registered_kinds

@@ -16,7 +16,7 @@ from evenkeel.errors import ConfigError, ShapeError
 
 Expand = Callable[[Any], nn.Module]
 _KINDS: dict[type[nn.Module], Expand] = {}
-_HOOKS = (
+FORWARD_HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -49,8 +49,8 @@ def expanded(layer: nn.Module) -> nn.Module | None:
         return None
     whole = _KINDS[kind](layer).train(layer.training)
     for name, value in vars(layer).items():
-        if name in _HOOKS or not (name.startswith("_") or hasattr(whole, name)):
-            vars(whole)[name] = copy.copy(value) if name in _HOOKS else value
+        if name in FORWARD_HOOKS or not (name.startswith("_") or hasattr(whole, name)):
+            vars(whole)[name] = copy.copy(value) if name in FORWARD_HOOKS else value
     return whole
 
 

@@ -37,11 +37,6 @@ class WeightLayer(Protocol):
         """The layer's output for ``x`` with ``matrix`` in place of its weights."""
 
 
-def channel_dim(layer: nn.Module) -> int:
-    """Axis of a layer's output that its matrix's rows stand for."""
-    return -1 if hasattr(layer, "out_features") else 1
-
-
 class LinearWeights:
     """``nn.Linear``: the weight is the matrix."""
 
