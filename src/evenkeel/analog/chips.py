@@ -40,6 +40,7 @@ class Chips:
         self.device, self.digital = first.device, first.digital
         self.seeds = range(first.seed, first.seed + number)
         self._chip = first
+        self._age_s = 0.0
         self._held: list[list[Held]] = []
         arrays = [array for _, array in first.arrays()]
         for seed in self.seeds:
@@ -49,6 +50,7 @@ class Chips:
             self._held.append([dict(array._buffers) for array in arrays])
         for array in arrays:
             array.target = None
+        self._ready = [False] * number  # at the present age: each is made so when it is brought in
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -64,9 +66,7 @@ class Chips:
     def age_(self, seconds: float) -> "Chips":
         """Set the age of all, in seconds since programming."""
         self.device.require_age(seconds)
-        for k in range(len(self)):
-            self._bring(k).age_(seconds)
-            self._take(k)
+        self._age_s, self._ready = seconds, [False] * len(self)
         return self
 
     def rewind_(self, stream: str = "") -> "Chips":
@@ -86,11 +86,11 @@ class Chips:
             array._buffers.update(held)
             array.seed = self.seeds[k]
         self._chip.seed = self.seeds[k]
+        if not self._ready[k]:
+            self._chip.age_(self._age_s)
+            self._held[k] = [dict(array._buffers) for _, array in self._chip.arrays()]
+            self._ready[k] = True
         return self._chip
-
-    def _take(self, k: int) -> None:
-        """Keep what has been made anew of the devices that are in."""
-        self._held[k] = [dict(array._buffers) for _, array in self._chip.arrays()]
 
     def __repr__(self) -> str:
         """Number, seeds and device."""

@@ -18,9 +18,13 @@ from evenkeel.layers import (
     FORWARD_HOOKS,
     WeightLayer,
     called,
+    deepcopied,
     require_own_weight,
     restore_precision,
 )
+
+DERIVED = ("_conductance", "_read_std", "_matrix", "_variance")
+"""Not saved: with read noise the first two, without it the finished matrix."""
 
 
 class AnalogLayer(nn.Module):
@@ -92,33 +96,32 @@ class AnalogLayer(nn.Module):
         self.has_ranges = False  # of inputs and currents, once they are calibrated
         if device.periphery is not None:
             self.register_buffer("ranges", torch.zeros(2))
-        # Derived, so not saved: with read noise the first two, without it the finished matrix.
-        self.register_buffer("_conductance", None, persistent=False)
-        self.register_buffer("_read_std", None, persistent=False)
-        self.register_buffer("_matrix", None, persistent=False)
-        self.register_buffer("_variance", None, persistent=False)
+        self._buffers.update(dict.fromkeys(DERIVED))
+        self._non_persistent_buffers_set.update(DERIVED)
         self.write_(seed)
+        self._derive()
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def write_(self, seed: int) -> None:
-        """Program the target onto the devices of a chip, in tensors of its own."""
+        """Program the target onto the devices of a chip; :meth:`age_` then makes it ready."""
         assert self.target is not None
         self.seed, target = seed, self.target
         if not self.keep_target:
             self.target = None  # of a large array it is worth it
         programmed, states = self.device.write(target, Draws(seed, self.path))
         del target
-        self.register_buffer("programmed", programmed)
-        self.register_buffer("compensation", self.unit.new_ones(programmed.shape[1], 1))
-        self.register_buffer("age", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("read_key", read_key(seed, self.path, "read", ""))
-        self.register_buffer("reads", torch.zeros((), dtype=torch.int64))
+        self._buffers.update(
+            programmed=programmed,
+            compensation=self.unit.new_ones(programmed.shape[1], 1),
+            age=torch.zeros((), dtype=torch.float64),
+            read_key=read_key(seed, self.path, "read", ""),
+            reads=torch.zeros((), dtype=torch.int64),
+        )
         self._state_names = [sorted(state) for state in states]
         for i, state in enumerate(states):
             for name, value in state.items():
                 self.register_buffer(f"state_{i}_{name}", value)
-        self._derive()
 
     @property
     def states(self) -> list[State]:
@@ -133,7 +136,7 @@ class AnalogLayer(nn.Module):
     def _derive(self) -> None:
         age_s = float(self.age)
         states = self.states
-        self._conductance = self._read_std = self._matrix = self._variance = None  # makes room
+        self._buffers.update(dict.fromkeys(DERIVED))  # makes room
         conductance = self.device.drift(self.programmed, states, age_s)
         self._read_std = self.device.read_std(conductance, self.programmed, states, age_s)
         around = self.device.periphery
@@ -149,7 +152,7 @@ class AnalogLayer(nn.Module):
 
     def _weights_of(self, conductance: Tensor) -> Tensor:
         # The compensation belongs to the digital output; on the matrix it is the same and cheaper.
-        return (conductance[0] - conductance[1]) * (self.unit * self.compensation)
+        return (conductance[0] - conductance[1]).mul_(self.unit * self.compensation)
 
     def read(self) -> Tensor:
         """The weights (outputs, inputs) as one read finds them; each read has its own noise."""
@@ -172,7 +175,7 @@ class AnalogLayer(nn.Module):
         assert self._read_std is not None
         noise = keyed_normal(self._conductance, self.read_key, self.reads)
         self.reads += 1
-        return torch.addcmul(self._conductance, self._read_std, noise).clamp_min(0)
+        return torch.addcmul(self._conductance, self._read_std, noise).clamp_min_(0)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output through its array."""
@@ -246,7 +249,7 @@ def _without_bias(layer: nn.Module) -> nn.Module:
 
 def _without_weight(layer: nn.Module) -> nn.Module:
     """A copy that keeps bias and options and has no weight."""
-    stripped = copy.deepcopy(layer)
+    stripped = deepcopied(layer, {id(layer._parameters.get("weight")): None})
     if parametrize.is_parametrized(stripped):
         # Not remove_parametrizations: it changes the class, which the copy shares with its model.
         bias = layer.bias

@@ -1,6 +1,5 @@
 """From a network to a chip that holds it."""
 
-import copy
 import functools
 import operator
 from collections.abc import Callable, Collection
@@ -15,7 +14,14 @@ from evenkeel.analog.chips import Chips
 from evenkeel.analog.device import Device, DeviceModel, as_device
 from evenkeel.analog.layer import AnalogLayer
 from evenkeel.errors import ConfigError
-from evenkeel.layers import chosen_paths, expanded, is_composite, unwrapped, weight_layer
+from evenkeel.layers import (
+    chosen_paths,
+    deepcopied,
+    expanded,
+    is_composite,
+    unwrapped,
+    weight_layer,
+)
 
 LayerChoice = Collection[str] | Callable[[str, nn.Module], bool] | None
 
@@ -175,7 +181,7 @@ def _copy_with(model: nn.Module, arrays: dict[int, nn.Module]) -> nn.Module:
     The copy is made with the replacements as already copied, so that every reference to a layer,
     shared ones too, leads to its array, and no digital weight is copied only to be dropped.
     """
-    made = copy.deepcopy(model, dict(arrays)).eval()
+    made = deepcopied(model, dict(arrays)).eval()
     for module in made.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # for that torch computes past the layers
