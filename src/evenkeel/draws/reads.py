@@ -9,6 +9,10 @@ from torch import Tensor
 from evenkeel.draws.keyed import digest
 
 
+CHUNK = 1 << 16
+"""Numbers that are made at once: what they are made from stays in a core's cache."""
+
+
 def read_key(*key: str | int) -> Tensor:
     """The 128 bits of a key as an int64 tensor of two, to be kept in a module's buffer."""
     return torch.from_numpy(
@@ -42,14 +46,15 @@ def keyed_noise(like: Tensor, key: Tensor, count: Tensor) -> Tensor:
     Pairs $\sqrt{-2\ln u}\,(\cos 2\pi v,\; \sin 2\pi v)$ of uniform numbers (Box and Muller 1958),
     of 24 bits each: none is beyond 5.8.
     """
-    n = like.numel()
-    u, v = torch.from_numpy(_generator(key, count).random((2, (n + 1) // 2), dtype=np.float32))
-    radius, angle = u.neg_().add_(1).log_().mul_(-2).sqrt_(), v.mul_(2 * math.pi)
-    values = torch.empty(2, len(u))
-    torch.cos(angle, out=values[0])
-    torch.sin(angle, out=values[1])
-    flat = values.mul_(radius).flatten()[:n]
-    return flat.view(like.shape).to(like.device, like.dtype)
+    generator, n = _generator(key, count), like.numel()
+    values = torch.empty(n + n % 2)
+    for part in values.split(CHUNK):
+        u, v = torch.from_numpy(generator.random((2, len(part) // 2), dtype=np.float32))
+        radius, angle = u.neg_().add_(1).log_().mul_(-2).sqrt_(), v.mul_(2 * math.pi)
+        cosines, sines = part.view(2, -1)
+        torch.cos(angle, out=cosines).mul_(radius)
+        torch.sin(angle, out=sines).mul_(radius)
+    return values[:n].view(like.shape).to(like.device, like.dtype)
 
 
 @keyed_noise.register_fake
