@@ -8,7 +8,6 @@ from torch import Tensor
 
 from evenkeel.draws.keyed import digest
 
-
 CHUNK = 1 << 16
 """Numbers that are made at once: what they are made from stays in a core's cache."""
 
