@@ -112,7 +112,10 @@ class Task(Protocol):
     """What a batch, a prediction and the metric are.
 
     A metric that is not in points of 100 has a ``unit``, such as "dB", of which one is as much as a
-    point; higher is better there too.
+    point; higher is better there too. One whose metric is not made of sums, as a ranking of all
+    detections is not, has ``gathered(scores)``: from what :meth:`score` gives of each batch,
+    whatever that is, to the numbers that :meth:`value` takes. One that has more to tell than the
+    metric has ``figures(sums, classes)``. ``legend`` is a sentence below its drawings.
     """
 
     @property
@@ -125,7 +128,7 @@ class Task(Protocol):
     def run(self, model: nn.Module, batch: Any) -> Any:
         """The model's output for a batch."""
 
-    def score(self, output: Any, batch: Any) -> Tensor:
+    def score(self, output: Any, batch: Any) -> Any:
         """Sums over the batch from which the metric can be made; sums of batches are added."""
 
     def value(self, sums: Tensor) -> float:

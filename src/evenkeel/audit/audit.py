@@ -135,10 +135,13 @@ def audit(
         notes.append(
             f"Some intervals are wider than ±{until:g} points after {MAX_CHIPS} chips each."
         )
+    if data.note:
+        notes.append(data.note)
     return Audit(
         network=(config_of(model) or {}).get("name", type(model).__name__),
         digital=digital,
         digital_interval=plan.task.interval(sums),
+        figures=plan.task.figures(sums, data.classes) if hasattr(plan.task, "figures") else {},
         cells=cells,
         floor=floor,
         digital_layers=digital_layers,

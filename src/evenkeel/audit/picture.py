@@ -2,8 +2,12 @@
 
 import base64
 import io
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+Colour = tuple[float, float, float]
 
 SIDE = 96
 """Small images are enlarged to at least this many pixels, without smoothing."""
@@ -37,3 +41,32 @@ def inline_png(x: Tensor, limits: tuple[float, float] | None = None) -> str:
     file = io.BytesIO()
     image.save(file, format="PNG", optimize=True)
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+
+def in_colour(x: Tensor) -> Tensor:
+    """A (C, H, W) picture as three channels that use the range from 0 to 1."""
+    x = x.detach().float().cpu()
+    low, high = x.min(), x.max()
+    return ((x - low) / (high - low).clamp_min(1e-12)).expand(3, -1, -1).clone()
+
+
+def tinted(x: Tensor, tints: Sequence[tuple[Tensor, Colour]]) -> Tensor:
+    """The picture (C, H, W) with half of a colour over where each mask (H, W) is."""
+    made = in_colour(x)
+    for mask, colour in tints:
+        made[:, mask] = 0.45 * made[:, mask] + 0.55 * torch.tensor(colour)[:, None]
+    return made
+
+
+def outlined(x: Tensor, boxes: Sequence[tuple[Sequence[float], Colour]]) -> Tensor:
+    """The picture (C, H, W) with a frame of two pixels for each left, top, right, bottom."""
+    made = in_colour(x)
+    height, width = made.shape[1:]
+    for box, colour in boxes:
+        left, right = (min(max(round(v), 0), width - 1) for v in (box[0], box[2]))
+        top, bottom = (min(max(round(v), 0), height - 1) for v in (box[1], box[3]))
+        frame = torch.zeros(height, width, dtype=torch.bool)
+        frame[top : bottom + 1, left : right + 1] = True
+        frame[top + 2 : bottom - 1, left + 2 : right - 1] = False
+        made[:, frame] = torch.tensor(colour)[:, None]
+    return made

@@ -32,6 +32,7 @@ class Audit:
         shifts: by device, age and row: each normalizer's mean shift before and after calibration.
         provenance: versions, seeds, counts and the command that repeats it.
         notes: what a reader should know besides, such as a limit that was reached.
+        figures: all that the task measures on the digital network, where that is more than one.
     """
 
     network: str
@@ -43,6 +44,7 @@ class Audit:
     shifts: list[dict[str, Any]]
     provenance: dict[str, Any]
     notes: list[str]
+    figures: dict[str, float]
     _work: Workload = field(repr=False)
 
     @property
@@ -174,6 +176,7 @@ class Audit:
             "unit": self.unit,
             "digital": self.digital,
             "digital_interval": self.digital_interval,
+            "digital_figures": self.figures,
             "floor": self.floor,
             "recommended": [
                 {"device": v.device, "remedy": v.recommended[0].remedy} for v in self.verdicts

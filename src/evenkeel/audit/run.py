@@ -55,8 +55,11 @@ class Workload:
 @torch.no_grad()
 def evaluate(model: Any, data: Data, task: Task) -> torch.Tensor:
     """The task's sums over all test batches."""
-    sums = [task.score(task.run(model, batch), batch) for batch in data.test]
-    return torch.stack(sums).sum(0)
+    scores: list[Any] = [task.score(task.run(model, batch), batch) for batch in data.test]
+    if (gathered := getattr(task, "gathered", None)) is not None:
+        sums: torch.Tensor = gathered(scores)
+        return sums
+    return torch.stack(scores).sum(0)
 
 
 def mended_chip(work: Workload, prepared: nn.Module, trial: Trial) -> tuple[Any, dict[str, Any]]:

@@ -67,8 +67,10 @@ def audit(
     weights
         Safetensors file of the network's weights; "own" where the factory loads them itself.
     data
-        "digits", "cifar10", "mnist", "kodak", a folder of images (test/CLASS/IMAGE.png and
-        train/CLASS/IMAGE.png), or module:function that returns evenkeel.data.Data.
+        "digits", "cifar10", "mnist", "kodak", "nuclei", "bccd"; a folder of images by class
+        (test/CLASS/IMAGE.png and train/CLASS/IMAGE.png), of images with masks (test/images/NAME.png
+        and test/masks/NAME.png, and train), or with boxes as COCO has them (instances_test.json,
+        instances_train.json and images/); or module:function that returns evenkeel.data.Data.
     data_root
         Where published sets lie, in their own layouts; default $EVENKEEL_DATA.
     mean
@@ -79,7 +81,8 @@ def audit(
     test_samples
         Test on the first so many only; a sweep need not see them all.
     task
-        classify, regress, reconstruct (pictures), or module:Class.
+        classify, regress, reconstruct (pictures), segment (segment:ap is another measure of it),
+        detect, or module:Class.
     device
         Names, with levels: pcm gaussian:0.05 stuck_at:0.01, or module:Class. The verdict is on the
         first. `evenkeel devices` lists them. Default: pcm; without MODEL also some levels of
@@ -143,6 +146,9 @@ def audit(
         )
     _write(result, out, json_file)
     console.print(result.rich_table())
+    if result.figures:
+        told = ", ".join(f"{name} {figure:.1f}" for name, figure in result.figures.items())
+        console.print(f"The digital network in all: {told}.", highlight=False, markup=False)
     for sentence in [*result.verdict, *result.notes]:
         console.print(sentence, highlight=False, markup=False)
     console.print(

@@ -4,22 +4,53 @@ import dataclasses
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from evenkeel import data as datasets
+from evenkeel.audit.detect import Detect
 from evenkeel.audit.run import evaluate
+from evenkeel.audit.segment import Segment
 from evenkeel.audit.tasks import Classify
 from evenkeel.cli.progress import progress_bar
 from evenkeel.files import require_weights_file, write_atomically
 from evenkeel.models import build
+from evenkeel.models.centre_detector import centre_loss
+from evenkeel.protocols import Task
 from evenkeel.provenance import environment
 from evenkeel.saving import save
-from evenkeel.train import Recipe, crop_and_flip, fit, launched, recipe
+from evenkeel.train import (
+    Recipe,
+    crop_and_flip,
+    crops,
+    fit,
+    flipped_boxes,
+    foreground_loss,
+    launched,
+    recipe,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Taught:
+    """How a task is learnt: the loss, how samples and labels are varied together, the measure."""
+
+    task: Task
+    loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy
+    vary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda x, y: (x, y)
+
+
+TAUGHT: dict[str, Callable[[], Taught]] = {
+    "classify": lambda: Taught(Classify()),
+    "segment": lambda: Taught(Segment(), foreground_loss, crops),
+    "detect": lambda: Taught(Detect(), centre_loss, flipped_boxes),
+}
 
 
 def train(
@@ -44,7 +75,8 @@ def train(
     Parameters
     ----------
     name
-        Of the recipe: digits, cifar10, cifar10_group (norm) or cifar10_none (no norm).
+        Of the recipe: digits, cifar10, cifar10_group (norm), cifar10_none (no norm), nuclei (a
+        U-Net) or bccd (a detector of blood cells).
     out
         Safetensors file for the network; its log is written beside it, as .json.
     data_root
@@ -81,6 +113,7 @@ def train(
     chosen = dataclasses.replace(recipe(name), **changed)  # type: ignore[arg-type]
     require_weights_file(out)
     samples, (x, y) = _data(chosen.data, data_root)
+    taught = TAUGHT[chosen.task]()
     fabric = launched(chosen.precision, who="evenkeel train")
     console = Console(quiet=fabric.global_rank > 0)
     log_path, checkpoint = out.with_suffix(".json"), out.with_suffix(".checkpoint")
@@ -111,6 +144,8 @@ def train(
             batch_size=chosen.batch_size,
             learning_rate=chosen.learning_rate,
             augment=crop_and_flip if chosen.augment else lambda x: x,
+            vary=taught.vary,
+            loss=taught.loss,
             seed=chosen.seed,
             fabric=fabric,
             checkpoint=checkpoint,
@@ -121,16 +156,20 @@ def train(
     if fabric.global_rank > 0:
         return
     network = _laid_out(network.cpu(), torch.contiguous_format)
-    task = Classify()
-    facts["test_accuracy"] = task.value(evaluate(network, samples, task))
+    sums = evaluate(network, samples, taught.task)
+    figure = taught.task.value(sums)
+    measure = f"test_{taught.task.metric.replace(' ', '_')}"
+    facts[measure] = figure
+    if hasattr(taught.task, "figures"):
+        facts["figures"] = taught.task.figures(sums, samples.classes)
     facts["test_samples"] = samples.test_samples
     facts["parameters"] = sum(p.numel() for p in network.parameters())
-    save(network, out, recipe=name, test_accuracy=facts["test_accuracy"])
+    save(network, out, recipe=name, **{measure: figure})
     write_atomically(log_path, json.dumps(facts, indent=1).encode())
     checkpoint.unlink(missing_ok=True)
     console.print(
-        f"{out}: {facts['parameters']:,} parameters, test accuracy "
-        f"{facts['test_accuracy']:.2f} % on {facts['test_samples']} samples.",
+        f"{out}: {facts['parameters']:,} parameters, test {taught.task.metric} "
+        f"{figure:.2f} % on {facts['test_samples']} samples.",
         highlight=False,
     )
 

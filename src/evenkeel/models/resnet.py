@@ -1,50 +1,14 @@
 """A small residual network, for images of any size, with any normalizer or none."""
 
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from evenkeel.errors import ConfigError, nearest
+from evenkeel.models.norms import NormLayer, built_with
 from evenkeel.models.registry import architecture
-from evenkeel.norm import BatchChannelNorm2d, GhostBatchNorm2d, standardize_weights_
 
-NormLayer = Callable[[int], nn.Module]
 ConvLayer = Callable[..., nn.Module]
-
-GROUP = 8
-"""Channels of a group under group and batch-channel norm."""
-
-
-class ChannelAffine(nn.Module):
-    r"""What is left of a normalizer without the normalizing: $y_c = \gamma_c x_c + \beta_c$."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> the same."""
-        return x * self.weight[:, None, None] + self.bias[:, None, None]
-
-
-NORMS: dict[str, Callable[[int, int | None], nn.Module]] = {
-    "batch": lambda c, size: (
-        nn.BatchNorm2d(c) if size is None else GhostBatchNorm2d(c, normalization_batch=size)
-    ),
-    "group": lambda c, size: nn.GroupNorm(c // GROUP, c),
-    "layer": lambda c, size: nn.GroupNorm(1, c),
-    "batch_channel": lambda c, size: BatchChannelNorm2d(c, c // GROUP, normalization_batch=size),
-    "batch_channel_running": lambda c, size: BatchChannelNorm2d(
-        c, c // GROUP, statistics="running", normalization_batch=size
-    ),
-    "none": lambda c, size: ChannelAffine(c),
-}
-"""By name, from channels and the samples that are normalized together (None for all)."""
-KALMAN = "batch_kalman"
-"""Batch norm with priors, which is made of the whole network."""
 
 
 class ResidualBlock(nn.Module):
@@ -128,27 +92,14 @@ def _resnet(
     normalization_batch: int | None,
     weight_standard: bool,
 ) -> nn.Module:
-    if norm not in (*NORMS, KALMAN):
-        raise ConfigError(f"Unknown norm {norm!r}. {nearest(norm, (*NORMS, KALMAN))}")
-    size = None if norm == KALMAN else normalization_batch
-    norm_layer = functools.partial(_made, NORMS["batch" if norm == KALMAN else norm], size)
-    network = ResNet(num_classes, in_channels, widths, blocks, norm_layer)
-    if norm == "none":
-        _start_small_(network)
-    if weight_standard:
-        standardize_weights_(network)
-    if norm == KALMAN:
-        from evenkeel.norm import kalmanize  # with the graph, which others do without
+    def make(norm_layer: NormLayer) -> nn.Module:
+        network = ResNet(num_classes, in_channels, widths, blocks, norm_layer)
+        if norm == "none":
+            _start_small_(network)
+        return network
 
-        x = torch.zeros(2, in_channels, 32, 32)
-        return kalmanize(network, x, normalization_batch=normalization_batch)
-    return network
-
-
-def _made(
-    norm: Callable[[int, int | None], nn.Module], size: int | None, channels: int
-) -> nn.Module:
-    return norm(channels, size)
+    example = torch.zeros(2, in_channels, 32, 32)
+    return built_with(make, example, norm, normalization_batch, weight_standard)
 
 
 def _start_small_(network: ResNet) -> None:
@@ -176,7 +127,7 @@ def resnet8_digits(
     Args:
         num_classes: outputs.
         in_channels: channels of the images.
-        norm: one of :data:`NORMS`, or "batch_kalman", which gives a
+        norm: one of :data:`evenkeel.models.norms.NORMS`, or "batch_kalman", which gives a
             :class:`evenkeel.norm.Kalmanized` around the network.
         normalization_batch: samples that are normalized together in training; default: the batch.
         weight_standard: whether the convolutions' weights are standardized.

@@ -26,6 +26,24 @@ def crop_and_flip(x: Tensor) -> Tensor:
     return padded[samples, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
+def flipped(x: Tensor, y: Tensor, *, turn: bool = False) -> tuple[Tensor, Tensor]:
+    """Images (N, C, H, W) and maps (N, H, W), mirrored or not both ways, each as its map is.
+
+    Args:
+        x: images.
+        y: maps.
+        turn: whether height and width also change places, in half of them; they must be equal.
+    """
+    x, y = x.clone(), y.clone()
+    for axis in (1, 2):
+        chosen = torch.rand(len(x)) < 0.5
+        x[chosen], y[chosen] = x[chosen].flip(axis + 1), y[chosen].flip(axis)
+    if turn:
+        chosen = torch.rand(len(x)) < 0.5
+        x[chosen], y[chosen] = x[chosen].transpose(2, 3), y[chosen].transpose(1, 2)
+    return x, y
+
+
 DEGREES, STRETCH, SHEAR, SHIFT = 15.0, 0.15, 0.15, 0.06
 
 

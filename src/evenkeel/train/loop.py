@@ -40,6 +40,8 @@ def fit(
     batch_size: int = 64,
     learning_rate: float = 0.2,
     augment: Callable[[Tensor], Tensor] = lambda x: x,
+    vary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda x, y: (x, y),
+    loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy,
     seed: int = 0,
     make_optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] = nesterov,
     make_schedule: Callable[[torch.optim.Optimizer, int], LRScheduler] = one_cycle,
@@ -51,17 +53,19 @@ def fit(
     on_epoch: Callable[[dict[str, Any]], None] = lambda facts: None,
     watch: Callable[[nn.Module], dict[str, Any]] = lambda model: {},
 ) -> nn.Module:
-    """Train a classifier, by default with SGD and one cycle; the global generator is put back.
+    """Train a network, by default a classifier; the global generator is put back.
 
     Args:
         make_model: builds the network; called under the seed.
         x: inputs (N, ...).
-        y: labels (N,).
+        y: labels (N, ...).
         epochs: passes over the data.
         batch_size: samples per step over all processes; a last incomplete batch is dropped, as it
             is different in every epoch.
         learning_rate: peak of the schedule.
         augment: changes a batch of inputs.
+        vary: changes a batch of inputs and labels together.
+        loss: from the network's output and the labels.
         seed: of the initialisation, the order and the augmentation.
         make_optimizer: from the network and the learning rate.
         make_schedule: from the optimizer and the number of steps.
@@ -108,16 +112,16 @@ def fit(
             order = torch.randperm(len(x))
             for step in range(steps):
                 batch = order[step * batch_size : (step + 1) * batch_size][rank::world]
-                inputs, labels = augment(x[batch]), y[batch]
+                inputs, labels = vary(augment(x[batch]), y[batch])
                 if fabric is not None:
                     inputs, labels = fabric.to_device((inputs, labels))
                 stepper.zero_grad(set_to_none=True)
-                loss = F.cross_entropy(network(inputs), labels)
-                fabric.backward(loss) if fabric is not None else loss.backward()
+                cost = loss(network(inputs), labels)
+                fabric.backward(cost) if fabric is not None else cost.backward()
                 stepper.step()
                 follow()
                 schedule.step()
-                total_loss += float(loss.detach())
+                total_loss += float(cost.detach())
                 on_step(epoch * steps + step + 1, epochs * steps)
             seconds = time.perf_counter() - started
             facts = {"epoch": epoch + 1, "loss": total_loss / steps, "seconds": seconds}

@@ -15,11 +15,13 @@ class Recipe:
         epochs: passes over the training data.
         batch_size: samples per step, over all processes.
         learning_rate: peak of the one-cycle schedule.
-        norm: a name in :data:`evenkeel.models.resnet.NORMS`; "group" and "none" want a lower
+        norm: a name in :data:`evenkeel.models.norms.NORMS`; "group" and "none" want a lower
             learning rate.
         normalization_batch: samples that are normalized together; None for all of a batch.
         weight_standard: whether the convolutions' weights are standardized.
-        augment: random crops of images padded by 4 pixels, and mirror images.
+        task: "classify", "segment" or "detect": what is learnt, and measured at the end.
+        augment: random crops of images padded by 4 pixels, and mirror images; pictures to segment
+            or to detect in are always varied, as by :func:`evenkeel.train.crops`.
         precision: as lightning-fabric names it: "32-true" or "bf16-mixed".
         seed: of initialisation, order and augmentation.
     """
@@ -32,6 +34,7 @@ class Recipe:
     norm: str = "batch"
     normalization_batch: int | None = None
     weight_standard: bool = False
+    task: str = "classify"
     augment: bool = False
     precision: str = "32-true"
     seed: int = 0
@@ -48,6 +51,24 @@ RECIPES: dict[str, Recipe] = {
         batch_size=128,
         learning_rate=0.4,
         augment=True,
+        precision="bf16-mixed",
+    ),
+    "nuclei": Recipe(
+        architecture="unet",
+        data="nuclei",
+        task="segment",
+        epochs=60,
+        batch_size=16,
+        learning_rate=0.1,
+        precision="bf16-mixed",
+    ),
+    "bccd": Recipe(
+        architecture="centre_detector",
+        data="bccd",
+        task="detect",
+        epochs=80,
+        batch_size=8,
+        learning_rate=0.01,
         precision="bf16-mixed",
     ),
 }

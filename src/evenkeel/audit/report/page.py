@@ -75,6 +75,7 @@ def _content(audit: "Audit") -> dict[str, Any]:
         "charts": _charts(audit, here, worst),
         "shifts": _shifts(audit, worst),
         "pictures": _pictures(audit, worst, headline.row),
+        "legend": getattr(audit._work.plan.task, "legend", ""),
         "devices": list(dict.fromkeys(c.device for c in audit.cells)),
     }
 

@@ -1,0 +1,46 @@
+"""Images of several sizes: padded a little, and batched with those of their shape."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MULTIPLE = 32
+"""Sides of images are padded to a multiple of it, which the usual networks can halve five times."""
+BATCH = 8
+UNKNOWN = -1
+"""Of a target: neither right nor wrong."""
+
+
+def padded(image: Tensor, sides: tuple[int, int] | None = None, value: float = 0.0) -> Tensor:
+    """(..., H, W) with room to the right and below, by default to the next multiple of 32."""
+    height, width = sides or (-(-side // MULTIPLE) * MULTIPLE for side in image.shape[-2:])
+    return F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2]), value=value)
+
+
+def batched_by_shape(
+    images: Sequence[Tensor], targets: Sequence[Tensor], batch: int = BATCH
+) -> list[tuple[Tensor, Tensor]]:
+    """Batches of images of one shape, in the order in which the first of each shape comes.
+
+    Examples:
+        >>> x = [torch.zeros(1, 32, 32), torch.zeros(1, 32, 64), torch.zeros(1, 32, 32)]
+        >>> [tuple(images.shape) for images, _ in batched_by_shape(x, x)]
+        [(2, 1, 32, 32), (1, 1, 32, 64)]
+    """
+    alike: dict[torch.Size, list[int]] = {}
+    for k, image in enumerate(images):
+        alike.setdefault(image.shape, []).append(k)
+    return [
+        (torch.stack([images[k] for k in part]), torch.stack([targets[k] for k in part]))
+        for rows in alike.values()
+        for part in (rows[start : start + batch] for start in range(0, len(rows), batch))
+    ]
+
+
+def spread(number: int, wanted: int) -> list[int]:
+    """So many of a number of items, evenly over them, in an order that is mixed but always one."""
+    count = min(number, wanted)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    return [k * number // count for k in order]
