@@ -37,8 +37,8 @@ def samples_from(name: str, root: Path | None = None, mean: str = "0", std: str 
         return datasets.as_data(import_from(name)())
     raise ConfigError(
         f"No data set or folder {name!r}. {nearest(name, ['digits', *datasets.SETS])} Otherwise "
-        f"give a folder, or module:function; in a folder are test/CLASS/*.png and train/CLASS/*.png, "
-        f"or {{test,train}}/{{images,masks}}/*.png, or instances_{{test,train}}.json and images."
+        f"give a folder, or module:function; in a folder are test/CLASS/*.png and "
+        f"train/CLASS/*.png, or {{test,train}}/{{images,masks}}/*.png, or instances_{{test,train}}.json and images."
     )
 
 

