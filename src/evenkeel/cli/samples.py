@@ -38,7 +38,8 @@ def samples_from(name: str, root: Path | None = None, mean: str = "0", std: str 
     raise ConfigError(
         f"No data set or folder {name!r}. {nearest(name, ['digits', *datasets.SETS])} Otherwise "
         f"give a folder, or module:function; in a folder are test/CLASS/*.png and "
-        f"train/CLASS/*.png, or {{test,train}}/{{images,masks}}/*.png, or instances_{{test,train}}.json and images."
+        f"train/CLASS/*.png, or {{test,train}}/{{images,masks}}/*.png, or "
+        f"instances_{{test,train}}.json and images."
     )
 
 

@@ -35,7 +35,8 @@ def study(
     Parameters
     ----------
     name
-        Of the study: noise_aware, batch_channel, equi_norm, kalman, hd_memory or quaternion.
+        Of the study: noise_aware, batch_channel, equi_norm, kalman, hd_memory, quaternion, dense
+        (segmentation and detection on chips) or micro_batch (their training).
     scale
         smoke: minutes, on scikit-learn's digits. small: a sketch on the study's data. full: the
         figures that are published; hours.

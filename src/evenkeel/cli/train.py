@@ -4,53 +4,22 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from evenkeel import data as datasets
-from evenkeel.audit.detect import Detect
 from evenkeel.audit.run import evaluate
-from evenkeel.audit.segment import Segment
-from evenkeel.audit.tasks import Classify
 from evenkeel.cli.progress import progress_bar
 from evenkeel.files import require_weights_file, write_atomically
 from evenkeel.models import build
-from evenkeel.models.centre_detector import centre_loss
-from evenkeel.protocols import Task
 from evenkeel.provenance import environment
 from evenkeel.saving import save
-from evenkeel.train import (
-    Recipe,
-    crop_and_flip,
-    crops,
-    fit,
-    flipped_boxes,
-    foreground_loss,
-    launched,
-    recipe,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Taught:
-    """How a task is learnt: the loss, how samples and labels are varied together, the measure."""
-
-    task: Task
-    loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy
-    vary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda x, y: (x, y)
-
-
-TAUGHT: dict[str, Callable[[], Taught]] = {
-    "classify": lambda: Taught(Classify()),
-    "segment": lambda: Taught(Segment(), foreground_loss, crops),
-    "detect": lambda: Taught(Detect(), centre_loss, flipped_boxes),
-}
+from evenkeel.studies.teaching import TEACHING
+from evenkeel.train import Recipe, crop_and_flip, fit, launched, recipe
 
 
 def train(
@@ -113,7 +82,7 @@ def train(
     chosen = dataclasses.replace(recipe(name), **changed)  # type: ignore[arg-type]
     require_weights_file(out)
     samples, (x, y) = _data(chosen.data, data_root)
-    taught = TAUGHT[chosen.task]()
+    taught = TEACHING[chosen.task]
     fabric = launched(chosen.precision, who="evenkeel train")
     console = Console(quiet=fabric.global_rank > 0)
     log_path, checkpoint = out.with_suffix(".json"), out.with_suffix(".checkpoint")

@@ -22,20 +22,23 @@ def padded(image: Tensor, sides: tuple[int, int] | None = None, value: float = 0
 def batched_by_shape(
     images: Sequence[Tensor], targets: Sequence[Tensor], batch: int = BATCH
 ) -> list[tuple[Tensor, Tensor]]:
-    """Batches of images of one shape, in the order in which the first of each shape comes.
+    """Batches of images of one shape, each where its last image comes; what is left at the end.
 
     Examples:
         >>> x = [torch.zeros(1, 32, 32), torch.zeros(1, 32, 64), torch.zeros(1, 32, 32)]
         >>> [tuple(images.shape) for images, _ in batched_by_shape(x, x)]
         [(2, 1, 32, 32), (1, 1, 32, 64)]
     """
-    alike: dict[torch.Size, list[int]] = {}
+    full: list[list[int]] = []
+    open_by_shape: dict[torch.Size, list[int]] = {}
     for k, image in enumerate(images):
-        alike.setdefault(image.shape, []).append(k)
+        rows = open_by_shape.setdefault(image.shape, [])
+        rows.append(k)
+        if len(rows) == batch:
+            full.append(open_by_shape.pop(image.shape))
     return [
-        (torch.stack([images[k] for k in part]), torch.stack([targets[k] for k in part]))
-        for rows in alike.values()
-        for part in (rows[start : start + batch] for start in range(0, len(rows), batch))
+        (torch.stack([images[k] for k in rows]), torch.stack([targets[k] for k in rows]))
+        for rows in [*full, *open_by_shape.values()]
     ]
 
 

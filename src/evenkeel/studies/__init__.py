@@ -13,5 +13,7 @@ STUDIES = {
     "kalman": "evenkeel.studies.kalman.study:STUDY",
     "hd_memory": "evenkeel.studies.hd_memory.study:STUDY",
     "quaternion": "evenkeel.studies.quaternion.study:STUDY",
+    "dense": "evenkeel.studies.dense.study:STUDY",
+    "micro_batch": "evenkeel.studies.micro_batch.study:STUDY",
 }
 """By name, where each is; a study is imported when it is asked for."""

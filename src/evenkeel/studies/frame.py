@@ -112,7 +112,10 @@ class Desk:
             **options,
         )
         return {
+            "metric": result.metric,
             "digital": result.digital,
+            "digital_figures": result.figures,
+            "notes": result.notes,
             "test_samples": result.provenance["test_samples"],
             "calibration_samples": result.provenance["calibration_samples"],
             "seeds": result.provenance["seeds"],

@@ -1,0 +1,1 @@
+"""Normalizers of segmentation and detection in batches of one and two."""
