@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_sequence
 
+import evenkeel as ek
 from evenkeel.analog import PCM, Converter, Device, Gain, Periphery, count, program
 from evenkeel.errors import ConfigError, ShapeError
 from evenkeel.layers import composite, expanded, register_composite
@@ -257,3 +258,59 @@ def test_what_torch_refuses_is_refused():
         lstm(x, (torch.zeros(1, 1, 6), torch.zeros(1, 1, 6)))
     with pytest.raises(ShapeError, match="one step in time"):
         lstm(x[:0])
+
+
+class Twice(nn.Module):
+    """Recurrent, then attention, one layer of it in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(8, 8, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.again = self.attention
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        y, _ = self.rnn(x)
+        for attend in (self.attention, self.again):
+            y, _ = attend(y, y, y)
+        return self.head(y.mean(1))
+
+
+def test_a_network_that_is_taken_apart_computes_what_it_did():
+    network, x = Twice().eval(), torch.randn(4, 5, 8)
+    y = network(x)
+    assert ek.layers.take_apart_(network) == ["rnn", "attention", "again"]
+    assert network.again is network.attention
+    torch.testing.assert_close(network(x), y, atol=1e-5, rtol=1e-5)
+    assert ek.layers.take_apart_(network) == []
+
+
+def test_taken_apart_every_matrix_is_reached():
+    batches = [torch.randn(16, 5, 8) for _ in range(2)]
+    whole, apart = Twice().eval(), Twice().eval()
+    ek.layers.take_apart_(apart)
+    assert list(ek.analog.clip_weights_(whole)) == ["attention.out_proj", "head"]
+    assert {"rnn", "attention", "head"} == {p.split(".")[0] for p in ek.analog.clip_weights_(apart)}
+    y = apart(batches[0])
+    done = ek.balance.balance_arrays_(apart, batches)
+    torch.testing.assert_close(apart(batches[0]), y, atol=1e-5, rtol=1e-4)
+    assert sum(path.startswith(("rnn", "attention")) for path in done.noise_after) >= 6
+
+
+def test_a_stack_that_is_taken_apart_does_not_compute_past_its_layers():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    network = nn.TransformerEncoder(layer, 2).eval()
+    x, mask = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    y = network(x, src_key_padding_mask=mask)
+    ek.layers.take_apart_(network)
+    seen = []
+    network.layers[0].self_attn.q_proj.register_forward_hook(lambda *given: seen.append(1))
+    z = network(x, src_key_padding_mask=mask)
+    torch.testing.assert_close(z[~mask], y[~mask], atol=1e-5, rtol=1e-5)
+    assert seen
+
+
+def test_what_is_itself_such_a_layer_is_refused():
+    with pytest.raises(ConfigError, match="LSTM cannot be taken apart"):
+        ek.layers.take_apart_(nn.LSTM(4, 4))

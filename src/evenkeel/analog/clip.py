@@ -16,7 +16,8 @@ def clip_weights_(model: nn.Module, deviations: float = 2.5) -> dict[str, float]
     $$ w \leftarrow \mathrm{clip}(w,\,-\alpha\,\mathrm{std}(w),\,\alpha\,\mathrm{std}(w)) $$
 
     An array's noise is proportional to its largest weight. A lower largest weight buys less noise
-    at the price of a changed network; without retraining the price can exceed the gain.
+    at the price of a changed network; without retraining the price can exceed the gain. Attention
+    and recurrent layers must be taken apart first: :func:`evenkeel.layers.take_apart_`.
 
     Args:
         model: changed in place.

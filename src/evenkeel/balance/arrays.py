@@ -83,7 +83,8 @@ def balance_arrays_(
 
     Use before programming, where one scale serves a whole array; calibrate the chips as before. Not
     where each column has a scale of its own in hardware already: then only the inputs are left.
-    Costs a multiplication for each input and output of a layer.
+    Costs a multiplication for each input and output of a layer. Attention and recurrent layers must
+    be taken apart first: :func:`evenkeel.layers.take_apart_`.
 
     Args:
         model: the digital network; changed in place, or left as it was if anything fails.

@@ -148,7 +148,8 @@ def match_(
     them like normalizers.
 
     Use when layers have no batch norm behind them. Not when the outputs' moments differ much
-    between inputs, as those of a class do, and the inputs are few or of one class.
+    between inputs, as those of a class do, and the inputs are few or of one class. Attention and
+    recurrent layers must be taken apart first: :func:`evenkeel.layers.take_apart_`.
 
     Args:
         model: the digital network, before it is programmed; changed in place.

@@ -5,6 +5,7 @@ from evenkeel.layers.composite import expanded as expanded
 from evenkeel.layers.composite import is_composite as is_composite
 from evenkeel.layers.composite import register_composite as register_composite
 from evenkeel.layers.copying import deepcopied as deepcopied
+from evenkeel.layers.composite import take_apart_ as take_apart_
 from evenkeel.layers.modes import being_captured as being_captured
 from evenkeel.layers.modes import in_eval as in_eval
 from evenkeel.layers.modes import is_captured as is_captured

@@ -59,6 +59,48 @@ def is_composite(layer: nn.Module) -> bool:
     return isinstance(layer, tuple(_KINDS))
 
 
+def take_apart_(model: nn.Module) -> list[str]:
+    """Put, for each layer that holds several matrices, the linear layers it is made of.
+
+    The network computes what it did, and what works on single layers then reaches all of them:
+    weight clipping, output matching, balance for arrays. A chip needs no such preparation.
+
+    Returns:
+        Paths of the layers that were taken apart.
+
+    Raises:
+        ConfigError: the network is itself such a layer, or weights of one are made by a hook.
+
+    Examples:
+        >>> layer = nn.TransformerEncoderLayer(8, 2, dropout=0.0, batch_first=True).eval()
+        >>> x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+        >>> y = layer(x)
+        >>> take_apart_(layer), torch.allclose(layer(x), y, atol=1e-5)
+        (['self_attn'], True)
+    """
+    if is_composite(model):
+        raise ConfigError(
+            f"A {type(model).__name__} cannot be taken apart in place when it is the whole network; "
+            f"put it into a module of your own, or nn.Sequential."
+        )
+    made: dict[int, nn.Module | None] = {}  # a layer in two places stays one
+    paths = []
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if not is_composite(module):
+            continue
+        if id(module) not in made:
+            made[id(module)] = expanded(module)
+        whole = made[id(module)]
+        if whole is not None:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, whole)
+            paths.append(path)
+    for module in model.modules() if paths else ():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # for that torch computes past the layers
+    return paths
+
+
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A linear layer that holds copies of these."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
