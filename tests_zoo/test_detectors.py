@@ -1,12 +1,14 @@
 """torchvision's detectors and segmenters: converted, put on chips, calibrated.
 
-Their weights are random, so what they find means nothing; what is compared are maps of features and
-what the heads make of them, and that whole detectors find the same. torchvision's compiled
-operators may be missing (see conftest.py). Then two stand-ins, this test's own, take their place:
-a plain non-maximum suppression, and torchvision's own ``roi_align`` in Python, which it would
-otherwise compile at the first call.
+Their weights are random, so what they find means nothing; compared are maps of features and what
+the heads make of them, and whether a detector finds the same on a chip.
+
+torchvision's compiled operators may be missing (see conftest.py). Stand-ins then take their place:
+a plain non-maximum suppression, which is this test's own, and the ``roi_align`` in Python that
+torchvision has for machines without its own, but not compiled, as it would be at the first call.
 """
 
+import copy
 import importlib
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import detection, segmentation
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.ops import FrozenBatchNorm2d, box_iou
 
 import evenkeel as ek
@@ -34,7 +37,6 @@ MADE: dict[str, Callable[[], nn.Module]] = {
     "faster r-cnn, mobilenet": partial(
         detection.fasterrcnn_mobilenet_v3_large_320_fpn, **DENSE, **FEW
     ),
-    "faster r-cnn": partial(detection.fasterrcnn_resnet50_fpn, **DENSE, **FEW),
     "mask r-cnn": partial(detection.maskrcnn_resnet50_fpn, **DENSE, **FEW),
     "retinanet": partial(
         detection.retinanet_resnet50_fpn, **DENSE, topk_candidates=50, detections_per_img=4
@@ -43,15 +45,12 @@ MADE: dict[str, Callable[[], nn.Module]] = {
     "deeplab": partial(segmentation.deeplabv3_resnet50, **BARE),
 }
 NORMS = {
-    "faster r-cnn, mobilenet": 46, "faster r-cnn": 53, "mask r-cnn": 53, "retinanet": 53,
-    "deeplab, mobilenet": 52, "deeplab": 59,
+    "faster r-cnn, mobilenet": 46, "mask r-cnn": 53, "retinanet": 53,
+    "deeplab, mobilenet": 53, "deeplab": 60,
 }  # fmt: skip
-RESNETS = ["faster r-cnn", "deeplab"]  # one of a kind: the others' backbones are the same
-IDEAL = [
-    Gain(1.0),
-    Gaussian(0.0),
-    Device(Gain(1.0), periphery=Periphery(dac=Converter(24), adc=Converter(24))),
-]
+CONVERTERS = Device(Gain(1.0), periphery=Periphery(dac=Converter(24), adc=Converter(24)))
+EXACT: Any = {"gate": False, "shrinkage": None}
+"""The statistics of the very batches that a network's own are of."""
 
 
 def plain_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -119,7 +118,7 @@ def made(name: str, batches: int = 2) -> tuple[nn.Module, list[Any]]:
     if name == "retinanet":  # its scores begin at 0.01, below what it takes for a finding
         nn.init.zeros_(net.head.classification_head.cls_logits.bias)
     seen = [inputs(name, 4) for _ in range(batches)]
-    ek.calibrate_(net, seen, gate=False, shrinkage=None, forward=maps)
+    ek.calibrate_(net, seen, **EXACT, forward=maps)
     return net, seen
 
 
@@ -138,7 +137,10 @@ def test_all_batch_norms_are_converted(name):
     expected = maps(net, x)
     done = convert_(net, NoiseAwareBatchNorm)
     assert (len(done.converted), done.skipped) == (NORMS[name], {})
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+    assert not any(type(m) is nn.BatchNorm2d for m in net.modules())
+    for module in net.modules():
+        if isinstance(module, NoiseAwareBatchNorm):
+            module.tracking = False  # of what it serves; then it is a batch norm
     assert max(distance(maps(net, x), expected).values()) < 1e-4
     done.undo()
     assert max(distance(maps(net, x), expected).values()) == 0
@@ -152,30 +154,25 @@ def test_a_converted_detector_trains(name):
     targets = [{"boxes": box, "labels": torch.tensor([k])} for k in (1, 2)]
     losses = net.train()(images(2), targets)
     sum(losses.values()).backward()
-    taught = [p for p in net.parameters() if p.requires_grad]
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in taught)
-    assert all(d["boxes"].isfinite().all() for d in net.eval()(images(2)))
-
-
-def frozen() -> nn.Module:
-    """As torchvision builds them for weights it has trained."""
-    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
-    return detection.FasterRCNN(backbone, 5, min_size=64, max_size=96, **FEW).eval()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    assert all(found["boxes"].isfinite().all() for found in net.eval()(images(2)))
 
 
 @torch.no_grad()
 def test_frozen_batch_norms_of_a_detector_are_calibrated_and_converted():
-    net, seen = frozen(), [images(4) for _ in range(4)]
-    norms = [path for path, m in net.named_modules() if isinstance(m, FrozenBatchNorm2d)]
-    done = ek.calibrate_(net, seen, gate=False, shrinkage=None, forward=maps)
-    assert list(done.methods) == norms
-    assert not any((net.get_submodule(p).running_var == 1).any() for p in norms)
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)  # as for trained weights
+    net = detection.FasterRCNN(backbone, 5, min_size=64, max_size=96, **FEW).eval()
+    seen = [images(4) for _ in range(4)]
+    frozen = [path for path, m in net.named_modules() if isinstance(m, FrozenBatchNorm2d)]
+    done = ek.calibrate_(net, seen, **EXACT, forward=run)
+    assert list(done.methods) == frozen
+    assert not any((net.get_submodule(path).running_var == 1).any() for path in frozen)
     expected = maps(net, seen[0])
     chip = program(net, Gain(0.7), seed=0)
-    before = distance(maps(chip, seen[0]), expected)
-    assert ek.calibrate_(chip, seen, forward=run).kept  # of the whole detector
-    assert distance(maps(chip, seen[0]), expected)["backbone"] < 0.8 * before["backbone"]
-    assert convert_(net, nn.BatchNorm2d).converted == norms
+    assert distance(maps(chip, seen[0]), expected)["backbone"] > 0.5
+    ek.calibrate_(chip, seen, **EXACT, forward=run)
+    assert distance(maps(chip, seen[0]), expected)["backbone"] < 1e-2
+    assert convert_(net, nn.BatchNorm2d).converted == frozen
     assert max(distance(maps(net, seen[0]), expected).values()) < 1e-4
 
 
@@ -184,13 +181,12 @@ def test_frozen_batch_norms_of_a_detector_are_calibrated_and_converted():
 
 @pytest.mark.parametrize("name", MADE)
 @torch.no_grad()
-def test_nearly_all_of_it_is_on_the_chip(name):
-    net, seen = made(name)
+def test_all_of_it_is_on_the_chip(name):
+    net, _ = made(name)
     x = inputs(name, 2)
     chip = program(net, PCM(), seed=0)
     counts = count(chip, x)
-    assert counts.analog_share >= 0.95, (counts.digital, chip.digital)
-    assert chip.digital == {}
+    assert (counts.analog_share, chip.digital) == (1.0, {})
     assert all(t.isfinite().all() for t in leaves(chip.age_(3600.0)(x)))
 
 
@@ -201,19 +197,28 @@ def test_ideal_arrays_and_converters_give_the_digital_output(name):
     x = inputs(name, 2)
     wanted, findings = maps(net, x), leaves(net(x))
     assert sum(t.numel() for t in findings)
-    for device in IDEAL:
+    doubled = torch.utils._pytree.tree_map(Tensor.double, x)
+    rounding = distance(wanted, maps(copy.deepcopy(net).double(), doubled))
+    for device, times in ((Gaussian(0.0), 3), (CONVERTERS, 12)):
         chip = program(net, device, seed=0)
-        d = distance(maps(chip, x), wanted)
-        print(name, d)
-        for found, finding in zip(leaves(chip(x)), findings, strict=True):
-            print(found.shape, (found - finding).abs().max(), finding.abs().max())
+        apart = distance(maps(chip, x), wanted)
+        assert all(apart[part] < times * rounding[part] + 1e-6 for part in wanted)
+        torch.testing.assert_close(leaves(chip(x)), findings, rtol=1e-3, atol=1e-2)  # in pixels
 
 
 # ---- calibrated
 
 
-@pytest.mark.parametrize("name", MADE)
-@pytest.mark.parametrize("device", [Gain(0.7), Gaussian(0.05)], ids=lambda d: type(d).__name__)
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("faster r-cnn, mobilenet", Gain(0.7)),
+        ("deeplab, mobilenet", Gain(0.7)),
+        ("faster r-cnn, mobilenet", Gaussian(0.05)),
+        ("retinanet", Gaussian(0.05)),
+        ("deeplab, mobilenet", Gaussian(0.05)),
+    ],
+)
 @torch.no_grad()
 def test_calibration_brings_features_nearer(name, device):
     net, seen = made(name, batches=8)
@@ -222,9 +227,106 @@ def test_calibration_brings_features_nearer(name, device):
     chip = program(net, device, seed=0)
     before = distance(maps(chip, x), wanted)
     done = ek.calibrate_(chip, seen, forward=maps)
+    assert done.kept, done.reason
     after = distance(maps(chip, x), wanted)
-    print(name, device, before, after, done.reason)
+    assert all(after[part] < before[part] for part in wanted)
     done.undo()
-    done = ek.calibrate_(chip, seen, forward=maps, gate=False, shrinkage=None)
-    after = distance(maps(chip, x), wanted)
-    print(name, device, before, after, done.reason)
+    assert distance(maps(chip, x), wanted) == before
+    ek.calibrate_(chip, seen, **EXACT, forward=maps)
+    assert distance(maps(chip, x), wanted)["backbone"] < 0.75 * before["backbone"]
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "remains"),
+    [
+        ("mask r-cnn", "pyramid", 1 - 0.7**2),  # two layers without a norm
+        ("deeplab", "heads", 1 - 0.7),  # one
+    ],
+)
+@torch.no_grad()
+def test_a_loss_of_gain_is_undone_as_far_as_batch_norms_follow(name, part, remains):
+    net, seen = made(name)
+    wanted = maps(net, seen[0])
+    chip = program(net, Gain(0.7), seed=0)
+    before = distance(maps(chip, seen[0]), wanted)
+    ek.calibrate_(chip, seen, **EXACT, forward=run)  # through the whole network
+    after = distance(maps(chip, seen[0]), wanted)
+    assert after["backbone"] < 0.05 * before["backbone"]
+    assert after[part] == pytest.approx(remains, abs=0.05)
+
+
+@torch.no_grad()
+def test_a_pyramid_is_matched_and_heads_on_all_its_levels_are_not():
+    net, seen = made("retinanet")
+    wanted = maps(net, seen[0])
+    matching = ek.calibrate.match_(net, seen, forward=run)
+    assert len(matching.matched) == 8
+    assert all(path.startswith("backbone.fpn.") for path in matching.matched)
+    heads = {path: why for path, why in matching.skipped.items() if path.startswith("head.")}
+    assert len(heads) == 10
+    assert all(why.startswith("it is called 5 times in a forward") for why in heads.values())
+    assert max(distance(maps(net, seen[0]), wanted).values()) == 0
+
+
+# ---- what detectors ask for and do not get yet
+
+
+@pytest.mark.xfail(raises=RuntimeError, reason="the gate cuts channels off images in a list")
+@torch.no_grad()
+def test_two_batches_of_images_in_lists_are_split_for_the_gate():
+    net, seen = made("faster r-cnn, mobilenet")
+    done = ek.calibrate_(program(net, Gain(0.7), seed=0), seen, forward=maps)
+    assert "on 2 held-out samples" in done.reason
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="the channels of the first image are counted")
+@torch.no_grad()
+def test_held_out_images_are_counted():
+    net, seen = made("faster r-cnn, mobilenet", batches=4)
+    done = ek.calibrate_(program(net, Gain(0.7), seed=0), seen, forward=maps)
+    assert "on 4 held-out samples" in done.reason
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="the channels of the first image are counted")
+@torch.no_grad()
+def test_counts_are_of_one_image():
+    net, _ = made("faster r-cnn, mobilenet")
+    chip, image = program(net, Gain(1.0), seed=0), images(1)[0]
+    one, two = (count(chip, [image] * n).analog["backbone.body.0.0"] for n in (1, 2))
+    assert one == two
+
+
+@pytest.mark.xfail(raises=ek.errors.CalibrationError, reason="a batch of no regions is an error")
+@pytest.mark.parametrize("verb", [ek.calibrate_, ek.calibrate.match_])
+@torch.no_grad()
+def test_images_in_which_nothing_is_found(verb):
+    net, seen = made("mask r-cnn", batches=4)
+    net.roi_heads.mask_head = MaskRCNNHeads(256, [256], 1, norm_layer=nn.BatchNorm2d).eval()
+    net.roi_heads.score_thresh = 1.1
+    verb(net, seen, forward=run)
+
+
+@pytest.mark.xfail(
+    raises=AssertionError,
+    reason="match_ measures under running statistics, and calibrate_ under those of batches",
+)
+@torch.no_grad()
+def test_calibrating_a_matched_network_that_has_no_errors_changes_nothing():
+    net, seen = made("retinanet")
+    wanted = maps(net, seen[0])
+    ek.calibrate.match_(net, seen, forward=maps)
+    chip = program(net, Gain(1.0), seed=0)
+    ek.calibrate_(chip, seen, **EXACT, forward=maps)
+    assert distance(maps(chip, seen[0]), wanted)["pyramid"] < 1e-2
+
+
+@pytest.mark.xfail(raises=ek.errors.CalibrationError, reason="a variance of zero, and no eps")
+@torch.no_grad()
+def test_a_dead_channel_before_norms_without_eps():
+    norms = [FrozenBatchNorm2d(4, eps=0.0) for _ in range(2)]  # as they come with COCO's weights
+    conv = nn.Conv2d(3, 4, 3, bias=False)
+    conv.weight[1] = 0.0
+    net = nn.Sequential(conv, norms[0], nn.ReLU(), nn.Conv2d(4, 4, 3), norms[1]).eval()
+    batches = [torch.randn(8, 3, 8, 8) for _ in range(4)]
+    assert net(batches[0]).isfinite().all()
+    assert ek.calibrate_(program(net, Gain(0.7), seed=0), batches).kept

@@ -4,8 +4,8 @@ from evenkeel.layers.composite import FORWARD_HOOKS as FORWARD_HOOKS
 from evenkeel.layers.composite import expanded as expanded
 from evenkeel.layers.composite import is_composite as is_composite
 from evenkeel.layers.composite import register_composite as register_composite
-from evenkeel.layers.copying import deepcopied as deepcopied
 from evenkeel.layers.composite import take_apart_ as take_apart_
+from evenkeel.layers.copying import deepcopied as deepcopied
 from evenkeel.layers.modes import being_captured as being_captured
 from evenkeel.layers.modes import in_eval as in_eval
 from evenkeel.layers.modes import is_captured as is_captured

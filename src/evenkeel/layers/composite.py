@@ -80,8 +80,8 @@ def take_apart_(model: nn.Module) -> list[str]:
     """
     if is_composite(model):
         raise ConfigError(
-            f"A {type(model).__name__} cannot be taken apart in place when it is the whole network; "
-            f"put it into a module of your own, or nn.Sequential."
+            f"A {type(model).__name__} cannot be taken apart in place when it is the whole "
+            f"network; put it into a module of your own, or nn.Sequential."
         )
     made: dict[int, nn.Module | None] = {}  # a layer in two places stays one
     paths = []
