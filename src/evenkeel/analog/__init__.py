@@ -22,6 +22,7 @@ from evenkeel.analog.ranges import calibrate_ranges_ as calibrate_ranges_
 from evenkeel.analog.reram import CMOHfOx as CMOHfOx
 from evenkeel.analog.reram import MiloReRAM as MiloReRAM
 from evenkeel.analog.reram import WanReRAM as WanReRAM
+from evenkeel.analog.slices import Slices as Slices
 from evenkeel.analog.statistical import Gain as Gain
 from evenkeel.analog.statistical import Gaussian as Gaussian
 from evenkeel.analog.statistical import LogNormal as LogNormal

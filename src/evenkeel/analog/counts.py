@@ -85,7 +85,7 @@ def count(chip: Chip, *inputs: Any) -> Counts:
     cut = {path: len(list(tiles(array, _rows(array)))) for path, array in arrays.items()}
     by_module = flops.get_flop_counts()
     return Counts(
-        tiles=sum(cut.values()),
+        tiles=sum(cut[path] * _slices(array) for path, array in arrays.items()),
         devices=sum(array.programmed.numel() for array in arrays.values()),
         dac=sum(seen[path][0] * arrays[path].programmed.shape[2] for path in seen) / samples,
         adc=sum(seen[path][0] * arrays[path].programmed.shape[1] * cut[path] for path in seen)
@@ -95,13 +95,18 @@ def count(chip: Chip, *inputs: Any) -> Counts:
     )
 
 
+def _slices(array: AnalogLayer) -> int:
+    """Arrays that hold a weight of the layer together."""
+    return array.programmed.shape[1] // array.outputs
+
+
 def _rows(array: AnalogLayer) -> int | None:
     return array.device.periphery.rows if array.device.periphery else None
 
 
 def _counting(seen: dict[str, list[float]], path: str) -> Any:
     def hook(array: AnalogLayer, args: tuple[Any, ...], y: Tensor) -> None:
-        outputs, inputs = array.programmed.shape[1:]
+        outputs, inputs = array.outputs, array.programmed.shape[2]
         products = y.numel() / outputs
         multiplied = products * outputs * inputs
         if getattr(array.layer, "transposed", False):  # most of a row meets zeros

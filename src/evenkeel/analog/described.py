@@ -10,6 +10,7 @@ from evenkeel.analog.measured import Measured
 from evenkeel.analog.pcm import PCM, StateIndependent
 from evenkeel.analog.periphery import Periphery
 from evenkeel.analog.reram import CMOHfOx, MiloReRAM, WanReRAM
+from evenkeel.analog.slices import Slices
 from evenkeel.analog.statistical import Gain, Gaussian, LogNormal, Spread
 from evenkeel.errors import ConfigError
 
@@ -53,6 +54,7 @@ def device_from(config: dict[str, Any], given: Device | DeviceModel | None, path
         scale_per=config["scale_per"],
         g_max=config["g_max"],
         periphery=_periphery_from(config.get("periphery")),
+        slices=Slices(**config["slices"]) if "slices" in config else None,
     )
 
 

@@ -14,6 +14,7 @@ from evenkeel.errors import ConfigError
 if TYPE_CHECKING:
     from evenkeel.analog.chip import Chip
     from evenkeel.analog.periphery import Periphery
+    from evenkeel.analog.slices import Slices
 
 State = dict[str, Tensor]
 ScalePer = Literal["layer", "column"]
@@ -111,6 +112,7 @@ class Device:
             which uses the range better and needs one digital multiplier per output.
         g_max: largest conductance in µS; default: that of the first effect that has one, else 1.
         periphery: converters, tiles and wires around the array; default: ideal ones.
+        slices: digits of a weight that are held by arrays of their own; default: one holds it all.
 
     Examples:
         >>> from evenkeel.analog import PCM, StuckAt
@@ -126,6 +128,7 @@ class Device:
         scale_per: ScalePer = "layer",
         g_max: float | None = None,
         periphery: "Periphery | None" = None,
+        slices: "Slices | None" = None,
     ) -> None:
         if not models or not all(isinstance(m, DeviceModel) for m in models):
             got = ", ".join(type(m).__name__ for m in models) or "none"
@@ -146,6 +149,7 @@ class Device:
         self.models = models
         self.periphery = periphery
         self.scale_per = scale_per
+        self.slices = slices
         self.g_max = float(getattr(own, "g_max", 1.0) if g_max is None else g_max)
         self.g_min = float(getattr(own, "g_min", 0.0))
         if not self.g_min < self.g_max < math.inf:
@@ -166,7 +170,9 @@ class Device:
         default = next((g for m in self.models if (g := getattr(m, "g_max", None))), 1.0)
         range_ = "" if self.g_max == default else f", g_max={self.g_max:g}"
         around = f", {self.periphery}" if self.periphery and str(self.periphery) else ""
-        return range_ + (", per column" if self.scale_per == "column" else "") + around
+        per = ", per column" if self.scale_per == "column" else ""
+        cut = f", {self.slices.number} slices of {self.slices.bits} bits" if self.slices else ""
+        return range_ + per + cut + around
 
     @property
     def level(self) -> float | None:
@@ -204,6 +210,7 @@ class Device:
             "scale_per": self.scale_per,
             "g_max": self.g_max,
             **({"periphery": self.periphery.to_dict()} if self.periphery else {}),
+            **({"slices": self.slices.to_dict()} if self.slices else {}),
         }
 
     def program(self, model: nn.Module, *, seed: int, layers: Any = None) -> "Chip":
@@ -215,7 +222,10 @@ class Device:
     # What an array needs: the effects one after the other.
 
     def convert(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Target conductances (2, outputs, inputs), and weight per µS (outputs or 1, 1)."""
+        """Target conductances (2, outputs, inputs), and weight per µS (outputs or 1, 1).
+
+        With slices there are as many times more outputs.
+        """
         w = matrix.detach().float()
         w_max = (
             w.abs().amax(dim=1, keepdim=True)
@@ -223,7 +233,10 @@ class Device:
             else w.abs().max().view(1, 1)
         )
         span = self.g_max - self.g_min
-        above = (w / torch.where(w_max > 0, w_max, torch.ones_like(w_max))).mul_(span)
+        above = w / torch.where(w_max > 0, w_max, torch.ones_like(w_max))
+        if self.slices is not None:
+            above = self.slices.digits(above.abs()) * above.sign().repeat(self.slices.number, 1)
+        above.mul_(span)
         unit = w_max / span  # 0 for an array of zeros, which then stays at zero
         target = above.new_empty(2, *above.shape)
         torch.clamp_min(above, 0, out=target[0])

@@ -80,6 +80,7 @@ class AnalogLayer(nn.Module):
                 f"The weights of '{path}' must be finite to be programmed; they hold NaN or "
                 "infinity. Check the checkpoint this network was loaded from."
             )
+        self.outputs = len(matrix)
         self.target, unit = device.convert(matrix)  # (2, outputs, inputs), (outputs or 1, 1)
         self.layer = _without_weight(layer)
         for hooks in FORWARD_HOOKS:  # they belong to the call, and that is now this module's
@@ -113,7 +114,7 @@ class AnalogLayer(nn.Module):
         del target
         self._buffers.update(
             programmed=programmed,
-            compensation=self.unit.new_ones(programmed.shape[1], 1),
+            compensation=self.unit.new_ones(self.outputs, 1),
             age=torch.zeros((), dtype=torch.float64),
             read_key=read_key(seed, self.path, "read", ""),
             reads=torch.zeros((), dtype=torch.int64),
@@ -152,13 +153,17 @@ class AnalogLayer(nn.Module):
 
     def _weights_of(self, conductance: Tensor) -> Tensor:
         # The compensation belongs to the digital output; on the matrix it is the same and cheaper.
-        return (conductance[0] - conductance[1]).mul_(self.unit * self.compensation)
+        return self._together(conductance[0] - conductance[1]).mul_(self.unit * self.compensation)
+
+    def _together(self, difference: Tensor) -> Tensor:
+        slices = self.device.slices
+        return difference if slices is None else slices.together(difference)
 
     def read(self) -> Tensor:
         """The weights (outputs, inputs) as one read finds them; each read has its own noise."""
         if self.device.periphery is not None:
             mean, _ = self.currents()
-            return mean * (self.unit * self.compensation)
+            return self._together(mean) * (self.unit * self.compensation)
         if self._matrix is not None:
             return self._matrix
         return self._weights_of(self._one_read())

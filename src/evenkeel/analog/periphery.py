@@ -137,12 +137,12 @@ def through(array: "AnalogLayer", x: Tensor) -> Tensor:
     mean, variance = array.currents()
     total: Tensor | None = None
     for shift, inputs in _in_turn(driven, around, peak):
-        for columns, run in tiles(array, around.rows):
-            g, power = mean[:, columns].to(x.dtype), None
+        for share, at, run in _arrays(array, around.rows):
+            g, power = mean[at].to(x.dtype), None
             if variance is not None:
-                power = variance[:, columns].to(x.dtype)
+                power = variance[at].to(x.dtype)
             y = _tile(array, run, inputs, g, power, peak)
-            y = y if shift == 1 else y * shift
+            y = y if shift * share == 1 else y * (shift * share)
             total = y if total is None else total + y
     assert total is not None
     return _scaled(array, total)
@@ -186,6 +186,16 @@ def _in_turn(x: Tensor, around: Periphery, peak: Tensor) -> Iterator[tuple[float
         # Each bit drives a row as far as all bits together would.
         far = 2 ** (around.dac.bits - 1)
         yield 2**bit / far, (magnitude >> bit & 1).to(x.dtype) * sign * (step * far)
+
+
+def _arrays(
+    array: "AnalogLayer", rows: int | None
+) -> Iterator[tuple[float, tuple[slice, slice], Run]]:
+    """Of each slice and tile: what its outputs count, where its devices are, and its product."""
+    slices, n = array.device.slices, array.outputs
+    for s, share in enumerate([1.0] if slices is None else slices.shares):
+        for columns, run in tiles(array, rows):
+            yield share, (slice(s * n, (s + 1) * n), columns), run
 
 
 def tiles(array: "AnalogLayer", rows: int | None) -> Iterator[tuple[slice, Run]]:

@@ -44,6 +44,11 @@ class Columns(nn.Module):
     @torch.inference_mode(False)  # made inside of it, it must also serve outside
     def __init__(self, device: Device, rows: int, *, pairs: bool, seed: int) -> None:
         super().__init__()
+        if device.periphery is not None or device.slices is not None:
+            raise ConfigError(
+                f"A memory's crossbar has a converter of its own (converter=) and no slices; got "
+                f"{device.name}. Leave periphery and slices out of its device."
+            )
         self.device = device
         self.seed = seed
         self.register_buffer("programmed", torch.zeros(1 + pairs, 0, rows))
