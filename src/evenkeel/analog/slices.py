@@ -65,7 +65,7 @@ class Slices:
 
     def together(self, weights: Tensor) -> Tensor:
         """(S * outputs, inputs) of all slices as (outputs, inputs)."""
-        by_slice = weights.unflatten(0, (self.number, -1))
+        by_slice: Tensor = weights.unflatten(0, (self.number, -1))
         whole: Tensor = torch.einsum("soi,s->oi", by_slice, by_slice.new_tensor(self.shares))
         return whole
 
