@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import evenkeel as ek
 from evenkeel.analog import Gaussian, program
 from evenkeel.audit import sensitivity as module
 from evenkeel.audit.run import evaluate
@@ -117,3 +118,36 @@ def test_a_matched_network(net, data):
     match_(matched, [batch[0] for batch in data.calibration])
     found = sensitivity(matched, data, device="gaussian:0.05", age=0, chips=1)
     assert [cost.layer for cost in found.layers] == ["0", "2", "4"]
+
+
+def test_it_is_a_part_of_an_audit(net, data, tmp_path):
+    seen = []
+    audit = ek.audit(
+        net, data, devices=["gaussian:0.3"], chips=2, remedies=["none"], floor=90.0,
+        store=":memory:", workers=0,
+    )  # fmt: skip
+    assert audit.to_dict()["sensitivity"] is None
+    assert "Which layers cost it" not in audit.report(tmp_path / "before.html").read_text()
+    found = audit.find_sensitivity(chips=2, progress=lambda done, total: seen.append((done, total)))
+    alone = sensitivity(net, data, device="gaussian:0.3", age=0.0, chips=2, target=90.0)
+    assert found == alone
+    assert seen[-1][0] == seen[-1][1]
+    assert audit.to_dict()["sensitivity"] == found.to_dict()
+    page = audit.report(tmp_path / "after.html").read_text()
+    assert "Which layers cost it" in page
+    assert found.said in page
+
+
+def test_an_audit_by_command_tells_it_too(tmp_path, monkeypatch, capsys):
+    from evenkeel.models import build
+
+    save(build("resnet8_digits"), tmp_path / "net.safetensors")
+    code, out, _ = command(
+        monkeypatch, capsys, "audit", tmp_path / "net.safetensors", "--out", tmp_path / "audit",
+        "--device", "gaussian:0.3", "--remedy", "none", "--chips", 1, "--test-samples", 40,
+        "--sensitivity", "--workers", 0,
+    )  # fmt: skip
+    assert code == 0
+    assert "with all layers on the chip" in " ".join(out.split())
+    facts = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    assert "blocks.0.conv1" in [cost["layer"] for cost in facts["sensitivity"]["layers"]]

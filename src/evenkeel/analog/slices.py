@@ -61,7 +61,8 @@ class Slices:
         code = (share.double() * (2 ** (self.bits * self.number) - 1)).round().long()
         top = 2**self.bits - 1
         of_each = [code >> self.bits * (self.number - 1 - s) & top for s in range(self.number)]
-        return (torch.cat(of_each) / top).to(share.dtype)
+        made: Tensor = (torch.cat(of_each) / top).to(share.dtype)
+        return made
 
     def together(self, weights: Tensor) -> Tensor:
         """(S * outputs, inputs) of all slices as (outputs, inputs)."""

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import nn
 
 from evenkeel.audit.plan import age_label
 from evenkeel.audit.run import Workload, mended_chip
+from evenkeel.audit.sensitivity import Sensitivity, sensitivity
 from evenkeel.audit.summary import Cell, summarize
 from evenkeel.audit.verdict import Verdict, judge, points, sentences
 from evenkeel.errors import MissingExtraError
@@ -32,6 +33,7 @@ class Audit:
         shifts: by device, age and row: each normalizer's mean shift before and after calibration.
         provenance: versions, seeds, counts and the command that repeats it.
         notes: what a reader should know besides, such as a limit that was reached.
+        sensitivity: which layers cost it, once :meth:`find_sensitivity` was called.
         figures: all that the task measures on the digital network, where that is more than one.
     """
 
@@ -46,6 +48,7 @@ class Audit:
     notes: list[str]
     figures: dict[str, float]
     _work: Workload = field(repr=False)
+    sensitivity: Sensitivity | None = None
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -118,6 +121,29 @@ class Audit:
         )
         return made
 
+    def find_sensitivity(
+        self, *, chips: int = 4, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Sensitivity:
+        """Which layers cost it on the first device at its worst age, for the report and the JSON.
+
+        Args:
+            chips: how many of the audited ones, from the first.
+            progress: called with evaluations done, and at most to do.
+        """
+        plan = self._work.plan
+        self.sensitivity = sensitivity(
+            self._work.model,
+            self._work.data,
+            device=plan.devices[0],
+            age=self.verdicts[0].worst_raw.age_s,
+            task=plan.task,
+            chips=chips,
+            seed=plan.seed,
+            target=self.floor,
+            progress=progress,
+        )
+        return self.sensitivity
+
     def table(self) -> str:
         """All cells as text."""
         from io import StringIO
@@ -184,6 +210,7 @@ class Audit:
             "recipe": self.recipe,
             "cells": [cell.to_dict() for cell in self.cells],
             "shifts": self.shifts,
+            "sensitivity": self.sensitivity and self.sensitivity.to_dict(),
             "digital_layers": self.digital_layers,
             "notes": self.notes,
             "provenance": self.provenance,

@@ -62,6 +62,25 @@ class Sensitivity:
         reached = [k for k, (_, value) in enumerate(self.kept) if value >= self.target]
         return [layer for layer, _ in self.kept[: reached[0] + 1]] if reached else None
 
+    @property
+    def said(self) -> str:
+        """The outcome, in a sentence or two."""
+        said = (
+            f"{self.metric} {self.digital:.1f} {self.unit} in digital arithmetic, "
+            f"{self.analog:.1f} {self.unit} with all layers on the chip."
+        )
+        if self.target is None:
+            return said
+        if self.smallest is None:
+            return f"{said} {self.target:g} {self.unit} is not reached, with all layers digital."
+        if not self.smallest:
+            return f"{said} That reaches {self.target:g} {self.unit}; no layer need be digital."
+        layers, last = ", ".join(self.smallest), dict(self.kept)[self.smallest[-1]]
+        return (
+            f"{said} With {len(self.smallest)} of {len(self.layers)} digital it is {last:.1f} "
+            f"{self.unit}: {layers}."
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {**asdict(self), "smallest": self.smallest}

@@ -50,6 +50,7 @@ def audit(
     chips: int = 16,
     until: float | None = None,
     floor: float | None = None,
+    sensitivity: Annotated[bool, Parameter(negative="")] = False,
     seed: int = 0,
     workers: int | None = None,
     out: Path = Path("audit"),
@@ -108,6 +109,8 @@ def audit(
         each side.
     floor
         What a chip must reach to count as good, in percent or the task's unit; gives the yield.
+    sensitivity
+        Find out, too, which layers cost it, and which few to keep digital for the floor.
     seed
         Of the first chip.
     workers
@@ -144,12 +147,19 @@ def audit(
             progress=lambda done, total: bar.update(job, completed=done, total=total),
             command=shlex.join(["evenkeel", *sys.argv[1:]]),
         )
+        if sensitivity:
+            part = bar.add_task("layers", total=None)
+            result.find_sensitivity(
+                chips=min(chips, 4),
+                progress=lambda done, total: bar.update(part, completed=done, total=total),
+            )
     _write(result, out, json_file)
     console.print(result.rich_table())
     if result.figures:
         told = ", ".join(f"{name} {figure:.1f}" for name, figure in result.figures.items())
         console.print(f"The digital network in all: {told}.", highlight=False, markup=False)
-    for sentence in [*result.verdict, *result.notes]:
+    of_layers = [result.sensitivity.said] if result.sensitivity else []
+    for sentence in [*result.verdict, *of_layers, *result.notes]:
         console.print(sentence, highlight=False, markup=False)
     console.print(
         f"Report: {(out / 'report.html').resolve().as_uri()}", highlight=False, soft_wrap=True

@@ -105,7 +105,7 @@ def sensitivity(
     if json_file is not None:
         write_atomically(json_file, json.dumps(found.to_dict(), indent=1).encode())
     console.print(_table(found))
-    console.print(_said(found), highlight=False)
+    console.print(found.said, highlight=False)
 
 
 def _table(found: Sensitivity) -> Table:
@@ -120,21 +120,3 @@ def _table(found: Sensitivity) -> Table:
             f"{cost.without - found.analog:+.1f}",
         )
     return table
-
-
-def _said(found: Sensitivity) -> str:
-    said = (
-        f"{found.metric} {found.digital:.1f} {found.unit} in digital arithmetic, "
-        f"{found.analog:.1f} {found.unit} with all layers on the chip."
-    )
-    if found.target is None:
-        return said
-    if found.smallest is None:
-        return f"{said} {found.target:g} {found.unit} is not reached, with all layers digital."
-    if not found.smallest:
-        return f"{said} That reaches {found.target:g} {found.unit}; no layer need be digital."
-    layers, last = ", ".join(found.smallest), dict(found.kept)[found.smallest[-1]]
-    return (
-        f"{said} With {len(found.smallest)} of {len(found.layers)} digital it is {last:.1f} "
-        f"{found.unit}: {layers}."
-    )

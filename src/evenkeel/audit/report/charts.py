@@ -8,6 +8,7 @@ from typing import Any
 import altair as alt
 
 from evenkeel.audit.plan import age_label
+from evenkeel.audit.sensitivity import Sensitivity
 from evenkeel.audit.summary import Cell
 
 WIDTH, HEIGHT = 440, 250
@@ -136,14 +137,28 @@ def every_chip(
 
 def layer_shifts(before: dict[str, float], after: dict[str, float]) -> Chart:
     """For each normalizer, how far its activations were from its statistics, before and after."""
-    order = list(before)
+    return _pairs({"before": before, "after": after}, "shift, standard deviations")
+
+
+def layer_costs(found: Sensitivity) -> Chart:
+    """For each layer, the metric with it alone on the chip, and with all but it."""
+    both = {
+        "alone on the chip": {cost.layer: cost.alone for cost in found.layers},
+        "all but it": {cost.layer: cost.without for cost in found.layers},
+    }
+    return _pairs(both, f"{found.metric}, {found.unit}")
+
+
+def _pairs(of: dict[str, dict[str, float]], title: str) -> Chart:
+    """Two dots for each layer, joined by a line."""
     values = [
-        {"layer": layer, "shift": shift, "when": when}
-        for when, shifts in (("before", before), ("after", after))
-        for layer, shift in shifts.items()
+        {"layer": layer, "value": value, "when": when}
+        for when, values in of.items()
+        for layer, value in values.items()
     ]
+    order = list(next(iter(of.values())))
     y = alt.Y("layer:N", sort=order, title=None, axis=alt.Axis(labelLimit=170))
-    x = alt.X("shift:Q", title="shift, standard deviations")
+    x = alt.X("value:Q", title=title)
     height = max(60, 20 * len(order))
     lines = (
         alt.Chart(alt.Data(values=values))
@@ -153,7 +168,7 @@ def layer_shifts(before: dict[str, float], after: dict[str, float]) -> Chart:
     dots = (
         alt.Chart(alt.Data(values=values))
         .mark_circle(size=60, opacity=1)
-        .encode(x=x, y=y, color=_colour("when", ["before", "after"], True))
+        .encode(x=x, y=y, color=_colour("when", list(of), True))
     )
     return (lines + dots).properties(width=WIDTH - 100, height=height)
 

@@ -74,6 +74,7 @@ def _content(audit: "Audit") -> dict[str, Any]:
         "as_it_is": _as_it_is(audit),
         "charts": _charts(audit, here, worst),
         "shifts": _shifts(audit, worst),
+        "sensitivity": _sensitivity(audit),
         "pictures": _pictures(audit, worst, headline.row),
         "legend": getattr(audit._work.plan.task, "legend", ""),
         "devices": list(dict.fromkeys(c.device for c in audit.cells)),
@@ -145,6 +146,17 @@ def _shifts(audit: "Audit", worst: Cell) -> dict[str, Any] | None:
     chosen = min(here, key=lambda s: len(s["remedy"]))
     chart = charts.layer_shifts(chosen["before"], chosen["after"])
     return {**chosen, "chart": markupsafe.Markup(charts.svg(chart))}
+
+
+def _sensitivity(audit: "Audit") -> dict[str, Any] | None:
+    import markupsafe
+
+    from evenkeel.audit.report import charts
+
+    if audit.sensitivity is None:
+        return None
+    chart = markupsafe.Markup(charts.svg(charts.layer_costs(audit.sensitivity)))
+    return {"chart": chart, "said": audit.sensitivity.said}
 
 
 @torch.no_grad()
