@@ -1,6 +1,6 @@
 """Batches of any form: tensors in tuples, lists, mappings; the first axis counts samples."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +13,26 @@ Forward = Callable[[nn.Module, Any], Any]
 
 
 def size(batch: Any) -> int:
-    """Number of samples, by the first tensor that has an axis."""
+    """Number of samples, by the first tensor that has an axis, or of images in a list."""
+    if (listed := listed_images(batch)) is not None:
+        return len(listed)
     leaves, _ = torch.utils._pytree.tree_flatten(batch)
     return next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 0)
 
 
+def listed_images(batch: Any) -> Sequence[Tensor] | None:
+    """The images (C, H, W) of ``([image, ...], targets)``, as detectors take them."""
+    if not (isinstance(batch, list | tuple) and batch and isinstance(batch[0], list | tuple)):
+        return None
+    images = batch[0]
+    each = bool(images) and all(isinstance(x, Tensor) and x.dim() == 3 for x in images)
+    return images if each and not any(isinstance(x, Tensor) for x in batch[1:]) else None
+
+
 def narrow(batch: Any, start: int, stop: int) -> Any:
     """The samples from ``start`` to before ``stop``, in the same form."""
+    if listed_images(batch) is not None:
+        return type(batch)(part[start:stop] for part in batch)
     return torch.utils._pytree.tree_map(
         lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) and leaf.dim() else leaf, batch
     )

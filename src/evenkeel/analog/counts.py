@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from evenkeel.analog.chip import Chip
 from evenkeel.analog.layer import AnalogLayer
 from evenkeel.analog.periphery import tiles
+from evenkeel.batches import size
 from evenkeel.errors import ConfigError
 from evenkeel.layers import Wrapper
 
@@ -68,8 +69,7 @@ def count(chip: Chip, *inputs: Any) -> Counts:
     """
     from torch.utils.flop_counter import FlopCounterMode  # slow to import
 
-    leaves = torch.utils._pytree.tree_leaves(inputs)
-    samples = next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 0)
+    samples = size(inputs)
     if not samples:
         raise ConfigError("Counting needs inputs with one sample or more; got none.")
     seen: dict[str, list[float]] = {}  # products, multiplications

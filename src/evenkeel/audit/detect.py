@@ -61,6 +61,7 @@ class Detect:
             raise ConfigError(
                 f"Unknown measure {self.measure!r}. {nearest(self.measure, MEASURES)}"
             )
+        object.__setattr__(self, "first_label", int(self.first_label))  # from a name it is a float
 
     @property
     def metric(self) -> str:
@@ -70,24 +71,27 @@ class Detect:
     def check(self, model: nn.Module, batches: Sequence[Any], classes: Sequence[str]) -> None:
         """Pictures with boxes, and detections of classes that there are."""
         _coco()
+        for batch in batches:
+            pair = isinstance(batch, tuple | list) and len(batch) > 1
+            boxes = batch[1] if pair else None
+            if not isinstance(boxes, Tensor) or boxes.dim() != 3 or boxes.shape[2] != 6:
+                got = tuple(boxes.shape) if isinstance(boxes, Tensor) else type(boxes).__name__
+                raise ConfigError(
+                    f"Detection needs batches of (pictures, boxes), boxes being (N, M, 6): left, "
+                    f"top, right, bottom, class, crowd; got {got}. From COCO's files: "
+                    f"evenkeel.data.coco_detection."
+                )
+        real = [(b[1][..., 4] >= 0) & (b[1][..., 5] == 0) for b in batches]
+        if not any(bool(each.any()) for each in real):
+            raise ConfigError("Detection needs some boxes; all are of class -1, or around crowds.")
         first = batches[0]
-        pair = isinstance(first, tuple | list) and len(first) > 1
-        boxes = first[1] if pair else None
-        if not isinstance(boxes, Tensor) or boxes.dim() != 3 or boxes.shape[2] != 6:
-            got = tuple(boxes.shape) if isinstance(boxes, Tensor) else type(boxes).__name__
-            raise ConfigError(
-                f"Detection needs batches of (pictures, boxes), boxes being (N, M, 6): left, top, "
-                f"right, bottom, class, crowd; got {got}. From COCO's files: "
-                f"evenkeel.data.coco_detection."
-            )
-        if not any(bool((batch[1][..., 4] >= 0).any()) for batch in batches):
-            raise ConfigError("Detection needs some boxes; all are of class -1.")
         with torch.no_grad():
             output = self.run(model, first)
         fits = (
             output.dim() == 3 and output.shape[0] == size(first) and output.shape[2] == 6
             if isinstance(output, Tensor)
             else isinstance(output, Sequence)
+            and len(output) == size(first)
             and all(
                 isinstance(one, Mapping) and {"boxes", "scores", "labels"} <= set(one)
                 for one in output
@@ -191,6 +195,7 @@ class Detect:
         made = []
         for one in rows:
             found = one.detach().double().cpu()
+            found = found[found.isfinite().all(1)]  # a broken chip's
             found = found[found[:, 4].argsort(descending=True, stable=True)][:MOST]
             found[:, 5] -= self.first_label
             made.append(found[(found[:, 4] > 0) & (found[:, 5] >= 0)])

@@ -46,6 +46,7 @@ def inline_png(x: Tensor, limits: tuple[float, float] | None = None) -> str:
 def in_colour(x: Tensor) -> Tensor:
     """A (C, H, W) picture as three channels that use the range from 0 to 1."""
     x = x.detach().float().cpu()
+    x = x if x.shape[0] in (1, 3) else x.mean(0, keepdim=True)
     low, high = x.min(), x.max()
     return ((x - low) / (high - low).clamp_min(1e-12)).expand(3, -1, -1).clone()
 

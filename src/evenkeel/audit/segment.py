@@ -73,15 +73,21 @@ class Segment:
 
     def check(self, model: nn.Module, batches: Sequence[Any], classes: Sequence[str]) -> None:
         """Pictures with a map of objects each, and scores for every pixel."""
+        for batch in batches:
+            pair = isinstance(batch, tuple | list) and len(batch) > 1
+            objects = batch[1] if pair else None
+            if not isinstance(objects, Tensor) or objects.dim() != 3 or objects.is_floating_point():
+                got = (
+                    f"{objects.dtype} {tuple(objects.shape)}"
+                    if isinstance(objects, Tensor)
+                    else type(objects).__name__
+                )
+                raise ConfigError(
+                    f"Segmentation needs batches of (pictures, objects), objects being whole "
+                    f"numbers (N, H, W); got {got}. From masks in files: evenkeel.data.image_masks."
+                )
         first = batches[0]
-        pair = isinstance(first, tuple | list) and len(first) > 1
-        objects = first[1] if pair else None
-        if not isinstance(objects, Tensor) or objects.dim() != 3 or objects.is_floating_point():
-            got = tuple(objects.shape) if isinstance(objects, Tensor) else type(objects).__name__
-            raise ConfigError(
-                f"Segmentation needs batches of (pictures, objects), objects being whole numbers "
-                f"(N, H, W); got {got}. From masks in files: evenkeel.data.image_masks."
-            )
+        objects = first[1]
         if not any(bool((batch[1] > 0).any()) for batch in batches):
             raise ConfigError("Segmentation needs some foreground; all objects are 0 or less.")
         with torch.no_grad():
@@ -100,7 +106,12 @@ class Segment:
     def score(self, output: Any, batch: Any) -> Tensor:
         """Of each measure the sums a, b, aa, ab, bb of what it is the ratio a / b of; pictures."""
         parts = [_parts(seen, objects) for seen, objects in _pairs(output, batch)]
-        a, b = (torch.tensor([part[k] for part in parts], dtype=torch.float64) for k in (0, 1))
+        a, b = (
+            torch.tensor([part[k] for part in parts], dtype=torch.float64).reshape(
+                -1, len(MEASURES)
+            )
+            for k in (0, 1)
+        )
         sums = torch.stack([a, b, a * a, a * b, b * b], 2).sum(0)  # (measures, 5)
         return torch.cat([sums.flatten(), torch.tensor([float(len(parts))], dtype=torch.float64)])
 

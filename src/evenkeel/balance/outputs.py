@@ -24,11 +24,15 @@ def largest_change(then: list[Tensor], now: list[Tensor]) -> float:
     return max(changes, default=0.0)
 
 
+def is_same(error: float, model: nn.Module) -> bool:
+    """Whether a change of outputs is no more than rounding."""
+    eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
+    return error <= max(1e-3, 32 * eps)
+
+
 def require_same(error: float, model: nn.Module) -> None:
     """Refuse a change of outputs beyond rounding."""
-    eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
-    allowed = max(1e-3, 32 * eps)
-    if not error <= allowed:
+    if not is_same(error, model):
         raise GraphError(
             f"The outputs of {type(model).__name__} must stay the same; they changed by "
             f"{error:.1e} of the largest, and the network is as it was. Either its outputs are "

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evenkeel.batches import Forward, default_forward
+from evenkeel.batches import Forward, default_forward, size
 from evenkeel.calibrate.statistics import in_eval, normalizers_of, uncompiled
 from evenkeel.errors import CalibrationError, ConfigError
 from evenkeel.moments import BatchMoments
 
 Collected = dict[str, list[BatchMoments]]
+LEAST = torch.finfo(torch.float32).tiny
+"""Of a variance: a normalizer without eps then gives 0 for a constant channel, and not NaN."""
 
 
 @torch.no_grad()
@@ -55,16 +57,19 @@ def collect(
         raise ConfigError(f"reads must be a whole number, 1 or more; got {reads!r}.")
     model = uncompiled(model)
     found = normalizers_of(model, layers)
+    whole = False
     collected: Collected = {path: [] for path in found}
     current: Collected = {path: [] for path in found}
 
     def measure(path: str) -> Callable[[Any, tuple[Any, ...]], None]:
         def hook(module: Any, args: tuple[Any, ...]) -> None:
+            if len(args[0]) == 0 and whole:  # a head in whose images nothing was found
+                return
             moments = measured(args[0], path, getattr(module, "channel_dim", 1))
             current[path].append(moments)
             if normalize_by == "batch":
                 module.running_mean.copy_(moments.mean)
-                module.running_var.copy_(moments.var)
+                module.running_var.copy_(moments.var.clamp_min(LEAST))
 
         return hook
 
@@ -73,10 +78,11 @@ def collect(
             assert isinstance(normalizer, nn.Module)
             hooks.callback(normalizer.register_forward_pre_hook(measure(path)).remove)
         for batch in batches:
+            whole = size(batch) > 0
             for _ in range(reads):
                 forward(model, batch)
             for path, seen in current.items():
-                calls = len(seen) // reads
+                calls = len(seen) // reads or len(seen)
                 collected[path] += [BatchMoments.repeat(seen[k::calls]) for k in range(calls)]
                 seen.clear()
     if not any(collected.values()):

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from evenkeel.batches import narrow, size
-from evenkeel.calibrate.collect import Collected
+from evenkeel.calibrate.collect import LEAST, Collected
 from evenkeel.layers import RunningStatistics
 from evenkeel.moments import BatchMoments
 
@@ -31,7 +31,7 @@ def misfit(statistics: RunningStatistics, observed: list[BatchMoments]) -> float
     distributions. A pure shift of the mean by $d$ deviations gives $d$.
     """
     whole = BatchMoments.pool(observed)
-    eps = float(getattr(statistics, "eps", 1e-5))
+    eps = max(float(getattr(statistics, "eps", 1e-5)), LEAST)
     kept = statistics.running_var.double() + eps
     ratio = (whole.var + eps) / kept
     shift2 = (whole.mean - statistics.running_mean.double()).square() / kept

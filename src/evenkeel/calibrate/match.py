@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from evenkeel.batches import Forward, default_forward
+from evenkeel.batches import Forward, default_forward, size
 from evenkeel.calibrate.collect import measured
 from evenkeel.calibrate.statistics import in_eval, uncompiled
 from evenkeel.errors import CalibrationError
@@ -148,8 +148,10 @@ def match_(
     them like normalizers.
 
     Use when layers have no batch norm behind them. Not when the outputs' moments differ much
-    between inputs, as those of a class do, and the inputs are few or of one class. Attention and
-    recurrent layers must be taken apart first: :func:`evenkeel.layers.take_apart_`.
+    between inputs, as those of a class do, and the inputs are few or of one class; nor with a few
+    small batches that differ in kind: calibration normalizes each by its own statistics, which then
+    say other things of a layer than this saw, and an exact chip is taken for one with an error.
+    Attention and recurrent layers must be taken apart first: :func:`evenkeel.layers.take_apart_`.
 
     Args:
         model: the digital network, before it is programmed; changed in place.
@@ -182,6 +184,7 @@ def match_(
     with in_eval(model, {}), contextlib.ExitStack() as hooks:
         outputs.watch(hooks)
         for batch in batches:
+            outputs.whole = size(batch) > 0
             forward(model, batch)
             outputs.end_of_forward()
     skipped = outputs.why_not()
@@ -249,6 +252,7 @@ class _Outputs:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.whole = False  # whether the batch has samples
         self.paths = [p for p, m in model.named_modules() if weight_layer(m) is not None]
         self.moments: dict[str, list[BatchMoments]] = {}
         self.followed: dict[str, str] = {}
@@ -267,6 +271,8 @@ class _Outputs:
 
     def _saw(self, path: str) -> Any:
         def hook(layer: nn.Module, args: Any, output: Tensor) -> None:
+            if len(output) == 0 and self.whole:  # a head in whose images nothing was found
+                return
             self._calls[path] = self._calls.get(path, 0) + 1
             self._alive[id(output)] = output, path
             seen = measured(output, path, channel_dim(layer), who="match_")

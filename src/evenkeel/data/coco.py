@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from evenkeel.data.dataset import Data
 from evenkeel.data.folder import normalized, pixels_of
-from evenkeel.data.shapes import UNKNOWN, batched_by_shape, padded, spread
+from evenkeel.data.shapes import UNKNOWN, batched_by_shape, mixed_batches, padded, spread
 from evenkeel.errors import ConfigError
 
 CALIBRATION = 64
@@ -21,7 +21,11 @@ def annotation_file(root: Path, *parts: str) -> Path | None:
     """``instances_PART*.json`` of the first part that there is, below a folder or annotations/."""
     for part in parts:
         for folder in (root, root / "annotations"):
-            if found := sorted(folder.glob(f"instances_{part}*.json")):
+            # instances_trainval.json is none of train.
+            names = (p for p in folder.glob(f"instances_{part}*.json"))
+            if found := sorted(
+                p for p in names if not p.stem[len(f"instances_{part}") :][:1].isalpha()
+            ):
                 return found[0]
     return None
 
@@ -51,7 +55,8 @@ def coco_detection(
     Returns:
         Batches of images (N, 3, H, W) of one shape and boxes (N, M, 6): left, top, right, bottom in
         pixels, class, and 1 where a box is around a crowd. Images with fewer boxes are filled up
-        with boxes of class -1.
+        with boxes of class -1. To calibrate with, batches of images alone, cut to the sides of the
+        smallest.
     """
     if calibration_samples < 1:
         raise ConfigError(f"calibration_samples must be 1 or more; got {calibration_samples}.")
@@ -71,15 +76,16 @@ def coco_detection(
             f"Both files must have the same categories; {test.file.name} has {test.classes}, "
             f"{train.file.name} has {train.classes}."
         )
-    parts = []
-    for part, rows in (
-        (test, range(len(test))),
-        (train, spread(len(train), calibration_samples)),
-    ):
-        read = [part.read(k, size) for k in rows]
-        images = [padded(normalized(x, mean, std)) for x, _ in read]
-        parts.append(batched_by_shape(images, filled_up([boxes for _, boxes in read])))
-    return Data(root.resolve().name, parts[0], parts[1], classes=test.classes)
+    tested = [test.read(k, size) for k in range(len(test))]
+    chosen = [train.read(k, size) for k in spread(len(train), calibration_samples)]
+    images, more = ([normalized(x, mean, std) for x, _ in part] for part in (tested, chosen))
+    boxes = filled_up([boxes for _, boxes in tested])
+    return Data(
+        name=root.resolve().name,
+        test=batched_by_shape([padded(x) for x in images], boxes),
+        calibration=mixed_batches(more),
+        classes=test.classes,
+    )
 
 
 def filled_up(boxes: Sequence[Tensor]) -> list[Tensor]:
@@ -99,6 +105,7 @@ class _Annotations:
             categories = sorted(facts["categories"], key=lambda c: c["id"])
             self.classes = [str(c["name"]) for c in categories]
             self.label = {c["id"]: k for k, c in enumerate(categories)}
+            self.names = [str(image["file_name"]) for image in self.images]
             self.boxes: dict[Any, list[list[float]]] = {image["id"]: [] for image in self.images}
             for a in facts["annotations"]:
                 left, top, width, height = map(float, a["bbox"])
@@ -120,7 +127,7 @@ class _Annotations:
     def read(self, k: int, size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
         """Pixels (3, H, W) in [0, 1] and boxes (m, 6) of an image."""
         image = self.images[k]
-        pixels = torch.from_numpy(pixels_of(self._path(str(image["file_name"]))).copy())
+        pixels = torch.from_numpy(pixels_of(self._path(self.names[k])).copy())
         pixels = pixels.expand(3, -1, -1)
         boxes = torch.tensor(self.boxes[image["id"]], dtype=torch.float32).reshape(-1, 6)
         if size is not None:

@@ -61,10 +61,8 @@ def part_of(root: Path, *names: str, holds: str = "CLASS/*.png") -> Path:
     for name in names:
         if (root / name).is_dir():
             return root / name
-    raise ConfigError(
-        f"A folder of images needs {root}/{names[0]}/{holds} (or {names[1]}/ in its place); "
-        f"neither folder is there."
-    )
+    others = "".join(f" (or {name}/ in its place)" for name in names[1:])
+    raise ConfigError(f"A folder of images needs {root}/{names[0]}/{holds}{others}; none is there.")
 
 
 def _classes(folder: Path) -> list[str]:

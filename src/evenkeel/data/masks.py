@@ -9,7 +9,7 @@ from torch import Tensor
 
 from evenkeel.data.dataset import Data
 from evenkeel.data.folder import image_files, normalized, part_of, pixels_of
-from evenkeel.data.shapes import UNKNOWN, batched_by_shape, padded, spread
+from evenkeel.data.shapes import UNKNOWN, batched_by_shape, mixed_batches, padded, spread
 from evenkeel.errors import ConfigError
 
 KINDS = ("instances", "masks")
@@ -18,7 +18,9 @@ CALIBRATION = 64
 
 def is_mask_folder(root: Path) -> bool:
     """Whether a folder has ``images`` with masks beside them, in a part to test on."""
-    return any((root / part / "images").is_dir() for part in ("test", "val"))
+    parts = [root / part for part in ("test", "val") if (root / part / "images").is_dir()]
+    holds = [{path.name for path in part.iterdir() if path.is_dir()} for part in parts]
+    return any(names == {"images"} or names & set(KINDS) for names in holds)
 
 
 def image_masks(
@@ -44,7 +46,8 @@ def image_masks(
         calibration_samples: how many images to calibrate with, spread evenly over the files.
 
     Returns:
-        Batches of images (N, C, H, W) of one shape and objects (N, H, W), whole numbers.
+        To test on, batches of images (N, C, H, W) of one shape and objects (N, H, W), whole
+        numbers; to calibrate with, batches of images cut to the sides of the smallest.
     """
     if calibration_samples < 1:
         raise ConfigError(f"calibration_samples must be 1 or more; got {calibration_samples}.")
@@ -55,13 +58,12 @@ def image_masks(
     chosen = [files[k] for k in spread(len(files), calibration_samples)]
     tested = pairs_of(test)
     images, objects = read_pairs([*tested, *chosen])
-    images = [padded(normalized(x, mean, std)) for x in images]
-    objects = [padded(y, value=UNKNOWN) for y in objects]
-    n = len(tested)
+    images, n = [normalized(x, mean, std) for x in images], len(tested)
+    known = [padded(y, value=UNKNOWN) for y in objects[:n]]
     return Data(
         name=root.resolve().name,
-        test=batched_by_shape(images[:n], objects[:n]),
-        calibration=batched_by_shape(images[n:], objects[n:]),
+        test=batched_by_shape([padded(x) for x in images[:n]], known),
+        calibration=mixed_batches(images[n:]),
     )
 
 
@@ -106,7 +108,7 @@ def _read_pair(image: Path, mask: Path) -> tuple[Tensor, Tensor]:
     if mask.parent.name == "masks":
         from scipy import ndimage
 
-        objects = ndimage.label(objects > 0)[0]
+        objects = ndimage.label(objects > 0, np.ones((3, 3)))[0]  # as Segment sees them
     if objects.shape != tuple(pixels.shape[1:]):
         raise ConfigError(
             f"{mask} must have the size of its image, {tuple(pixels.shape[1:])}; it has "

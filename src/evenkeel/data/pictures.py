@@ -7,6 +7,7 @@ from torch import Tensor
 
 from evenkeel.data.dataset import Data, batched
 from evenkeel.data.folder import image_files, pixels_of
+from evenkeel.data.shapes import from_middle
 from evenkeel.errors import ConfigError
 
 SIDE, CALIBRATION = 256, 8
@@ -20,9 +21,7 @@ def kodak(folder: str | Path) -> Data:
 
 def middle(image: Tensor, side: int) -> Tensor:
     """So many pixels of each side (C, H, W), or all, from the middle."""
-    height, width = (min(n, side) for n in image.shape[1:])
-    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
-    return image[:, top : top + height, left : left + width]
+    return from_middle(image, side, side)
 
 
 def pictures(folder: str | Path) -> dict[str, Tensor]:

@@ -205,7 +205,12 @@ def folder_of(name: str, root: str | Path | None = None) -> Path:
         raise ConfigError(
             f"The data set '{name}' is not complete in {folder}: {missing[0]}"
             + (f" and {len(missing) - 1} more are" if len(missing) > 1 else " is")
-            + f" missing. Fetch it: evenkeel data fetch {name} --data-root {folder.parent}"
+            + " missing. "
+            + (
+                f"Fetch it: evenkeel data fetch {name} --data-root {folder.parent}"
+                if chosen.urls
+                else f"It is nowhere offered in this layout: put it there. {chosen.notice}"
+            )
         )
     return folder
 

@@ -9,6 +9,9 @@ from torch.nn import functional as F
 MULTIPLE = 32
 """Sides of images are padded to a multiple of it, which the usual networks can halve five times."""
 BATCH = 8
+"""Pictures of a batch to test on."""
+MIXED = 16
+"""Pictures of a batch to calibrate with, which normalizes by its own statistics."""
 UNKNOWN = -1
 """Of a target: neither right nor wrong."""
 
@@ -40,6 +43,31 @@ def batched_by_shape(
         (torch.stack([images[k] for k in rows]), torch.stack([targets[k] for k in rows]))
         for rows in [*full, *open_by_shape.values()]
     ]
+
+
+def mixed_batches(images: Sequence[Tensor], batch: int = MIXED) -> list[tuple[Tensor]]:
+    """Batches of images that are all cut to the sides of the smallest, from their middle.
+
+    A batch to calibrate with must have pictures of all kinds, as its statistics stand for all; kind
+    and size often go together. Sides are multiples of 32, and nothing is padded if none is shorter.
+
+    Examples:
+        >>> x = [torch.zeros(1, 32, 70), torch.zeros(1, 64, 40)]
+        >>> [tuple(images.shape) for (images,) in mixed_batches(x)]
+        [(2, 1, 32, 32)]
+    """
+    height, width = (
+        max(min(image.shape[axis] for image in images) // MULTIPLE, 1) * MULTIPLE for axis in (1, 2)
+    )
+    cut = [padded(from_middle(image, height, width), (height, width)) for image in images]
+    return [(part,) for part in torch.stack(cut).split(batch)]
+
+
+def from_middle(image: Tensor, height: int, width: int) -> Tensor:
+    """So many pixels of each side (..., H, W), or all, from the middle."""
+    height, width = min(height, image.shape[-2]), min(width, image.shape[-1])
+    top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
+    return image[..., top : top + height, left : left + width]
 
 
 def spread(number: int, wanted: int) -> list[int]:

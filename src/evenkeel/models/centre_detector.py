@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from evenkeel.models.norms import NormLayer, built_with
 from evenkeel.models.registry import architecture
-from evenkeel.models.unet import UNetFeatures, conv_norm_relu
+from evenkeel.models.unet import UNetFeatures, conv_norm_relu, require_multiples
 
 STRIDE = 4
 """Pixels from one cell of the maps to the next."""
@@ -56,6 +56,7 @@ class CentreDetector(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes, self.detections = num_classes, detections
+        self.multiple = STRIDE * 2 ** (len(widths) - 1)
         self.stem = nn.Sequential(
             conv_norm_relu(in_channels, widths[0] // 2, norm_layer, stride=2),
             conv_norm_relu(widths[0] // 2, widths[0], norm_layer, stride=2),
@@ -70,21 +71,28 @@ class CentreDetector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps in training, detections in eval mode."""
+        require_multiples(x, self.multiple)
         maps: Tensor = self.head(self.features(self.stem(x)))
         return maps if self.training else self.found(maps)
 
     def found(self, maps: Tensor) -> Tensor:
         """The best detections of maps."""
-        scores, boxes = maps[:, : self.num_classes].float().sigmoid(), maps[:, self.num_classes :]
+        maps = _exact(maps)
+        scores, boxes = maps[:, : self.num_classes].sigmoid(), maps[:, self.num_classes :]
         scores = scores * (F.max_pool2d(scores, 3, 1, padding=1) == scores)
         width, cells = maps.shape[3], maps.shape[2] * maps.shape[3]
-        best, at = scores.flatten(1).topk(min(self.detections, scores[0].numel()))
+        best, at = scores.flatten(1).topk(min(self.detections, self.num_classes * cells))
         cell = at % cells
-        u, v, a, b = boxes.float().flatten(2).gather(2, cell[:, None].expand(-1, 4, -1)).unbind(1)
+        u, v, a, b = boxes.flatten(2).gather(2, cell[:, None].expand(-1, 4, -1)).unbind(1)
         x, y = (cell % width + u) * STRIDE, (cell // width + v) * STRIDE
         half_x, half_y = a.clamp_min(0) * (SIZE_UNIT / 2), b.clamp_min(0) * (SIZE_UNIT / 2)
         sides = [x - half_x, y - half_y, x + half_x, y + half_y]
         return torch.stack([*sides, best, (at // cells).to(best.dtype)], 2)
+
+
+def _exact(maps: Tensor) -> Tensor:
+    """In float32 at least."""
+    return maps if maps.dtype == torch.float64 else maps.float()
 
 
 SPREAD = 0.54 / 6
@@ -109,7 +117,8 @@ def centre_loss(maps: Tensor, boxes: Tensor) -> Tensor:
         Zhou et al. 2019, as above; the bumps are those of Liu et al., "Training-time-friendly
         network for real-time object detection", AAAI 2020.
     """
-    maps = maps.float()
+    maps = _exact(maps)
+    boxes = F.pad(boxes, (0, 0, 0, 1), value=-1).to(maps.dtype)  # so that there is one
     classes, height, width = maps.shape[1] - 4, *maps.shape[2:]
     real, label = boxes[..., 4] >= 0, boxes[..., 4].long().clamp_min(0)
     sides = (boxes[..., 2:4] - boxes[..., :2]) / STRIDE

@@ -78,4 +78,10 @@ def built_with(
 def _made(
     norm: Callable[[int, int | None], nn.Module], size: int | None, channels: int
 ) -> nn.Module:
-    return norm(channels, size)
+    try:
+        return norm(channels, size)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"Groups of {GROUP} channels are needed; got a layer with {channels}. Give a width "
+            f"that is a multiple of {GROUP}, or another norm."
+        ) from error

@@ -19,6 +19,15 @@ def conv_norm_relu(inputs: int, outputs: int, norm_layer: NormLayer, stride: int
     )
 
 
+def require_multiples(x: Tensor, of: int) -> None:
+    """Refuse images (N, C, H, W) whose sides are none."""
+    if x.shape[-1] % of or x.shape[-2] % of:
+        raise ConfigError(
+            f"The sides of this network's images must be multiples of {of}; got "
+            f"{tuple(x.shape[-2:])}. Pad them, as evenkeel.data's readers do."
+        )
+
+
 class UNetFeatures(nn.Module):
     """Down by halves and up again, with what was seen on the way down beside it.
 
@@ -53,11 +62,7 @@ class UNetFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features of every pixel."""
-        if x.shape[-1] % self.multiple or x.shape[-2] % self.multiple:
-            raise ConfigError(
-                f"The sides of this network's images must be multiples of {self.multiple}; got "
-                f"{tuple(x.shape[-2:])}. Pad them, as evenkeel.data's readers do."
-            )
+        require_multiples(x, self.multiple)
         seen: list[Tensor] = []
         for k, layers in enumerate(self.down):
             x = layers(self.pool(x) if k else x)

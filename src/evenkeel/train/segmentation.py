@@ -24,10 +24,13 @@ def foreground_loss(scores: Tensor, objects: Tensor) -> Tensor:
         Milletari et al., "V-Net", 3DV 2016, for the overlap.
     """
     known = objects >= 0
-    score, target = scores[:, 0].float()[known], (objects > 0).float()[known]
+    score = scores[:, 0][known]
+    score = score if score.dtype == torch.float64 else score.float()
+    target = (objects > 0)[known].to(score)
     p = score.sigmoid()
     overlap = (2 * (p * target).sum() + 1) / (p.sum() + target.sum() + 1)
-    return F.binary_cross_entropy_with_logits(score, target) + 1 - overlap
+    entropy = F.binary_cross_entropy_with_logits(score, target, reduction="sum")
+    return entropy / max(1, len(score)) + 1 - overlap
 
 
 def crops(images: Tensor, objects: Tensor, side: int = SIDE) -> tuple[Tensor, Tensor]:
@@ -41,6 +44,9 @@ def crops(images: Tensor, objects: Tensor, side: int = SIDE) -> tuple[Tensor, Te
     Returns:
         Pixels (N, C, side, side) in [0, 1] or a little above, and their objects.
     """
+    missing = [max(0, side - n) for n in images.shape[2:]]
+    room = (0, missing[1], 0, missing[0])
+    images, objects = F.pad(images, room), F.pad(objects, room, value=-1)
     known = objects >= 0
     x, y = [], []
     for image, target, inside in zip(images, objects, known, strict=True):
