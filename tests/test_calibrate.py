@@ -397,3 +397,49 @@ def test_what_the_gate_refused_is_not_exported(network, data):
     assert not refused.kept
     network.load_state_dict(refused.state_dict(), strict=False)
     assert same(before, statistics(network))
+
+
+class Heads(nn.Module):
+    """A detector in small: images in a list, and a head for what is found in them."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.head = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.found = found
+
+    def forward(self, images):
+        y = self.body(torch.stack(list(images))).flatten(2).transpose(1, 2).flatten(0, 1)
+        return self.head(y[: self.found])
+
+
+def collated(sizes):
+    return [(tuple(torch.randn(n, 3, 8, 8)), ({},) * n) for n in sizes]
+
+
+@pytest.mark.parametrize(("sizes", "held"), [((8, 8), 4), ((4, 4, 4, 5), 5)])
+def test_images_in_a_list_are_samples(sizes, held):
+    network = Heads(found=50).eval()
+    done = ek.calibrate_(network, collated(sizes))
+    assert f"on {held} held-out samples" in done.reason
+
+
+def test_a_head_that_nothing_reaches_is_left_as_it_is():
+    network = Heads(found=0).eval()
+    before = network.head[1].running_mean.clone()
+    done = ek.calibrate_(network, collated((8, 8)), gate=False)
+    assert list(done.methods) == ["body.1"]
+    assert torch.equal(network.head[1].running_mean, before)
+    matching = ek.calibrate.match_(Heads(found=0).eval(), collated((8, 8)), layers=["body.0"])
+    assert matching.matched == ["body.0"]
+
+
+def test_a_constant_channel_before_a_normalizer_without_eps():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, eps=1e-30),
+                            nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).eval()  # fmt: skip
+    network[1].eps = 0.0
+    with torch.no_grad():
+        network[0].weight[1] = 0.0
+        network[3].weight *= 0.6
+    assert ek.calibrate_(network, [torch.randn(8, 3, 8, 8) for _ in range(4)], gate=False).kept
+    assert network(torch.randn(2, 3, 8, 8)).isfinite().all()
