@@ -17,7 +17,7 @@ from evenkeel.data import Data, coco_detection, image_masks, sets
 from evenkeel.data.coco import training_pictures
 from evenkeel.data.masks import is_mask_folder, training_pairs
 from evenkeel.data.sets import SETS
-from evenkeel.data.shapes import batched_by_shape, padded, spread
+from evenkeel.data.shapes import batched_by_shape, mixed_batches, padded, spread
 from evenkeel.errors import ConfigError
 
 
@@ -483,3 +483,18 @@ def test_the_real_files_are_those_that_are_meant_and_need_not_be_fetched(name):
     folder = real(name)
     assert set(datasets.check(name).values()) == {"ok"}
     assert datasets.fetch(name, folder.parent) == folder
+
+
+def test_images_of_one_shape_are_calibrated_with_as_they_are_tested_on():
+    images = [torch.rand(3, 40, 50) for _ in range(5)]
+    ((together,),) = mixed_batches(images)
+    (tested,), _ = batched_by_shape([padded(x) for x in images], images), None
+    assert torch.equal(together, tested[0])
+    assert together.shape == (5, 3, 64, 64)
+
+
+def test_images_of_many_shapes_are_calibrated_with_in_one():
+    images = [torch.rand(3, 40 + 30 * k, 100 - 10 * k) for k in range(4)]
+    batches = mixed_batches(images, batch=3)
+    assert [tuple(x.shape) for (x,) in batches] == [(3, 3, 32, 64), (1, 3, 32, 64)]
+    assert torch.equal(batches[0][0][0], images[0][:, 4:36, 18:82])

@@ -55,8 +55,8 @@ def coco_detection(
     Returns:
         Batches of images (N, 3, H, W) of one shape and boxes (N, M, 6): left, top, right, bottom in
         pixels, class, and 1 where a box is around a crowd. Images with fewer boxes are filled up
-        with boxes of class -1. To calibrate with, batches of images alone, cut to the sides of the
-        smallest.
+        with boxes of class -1. To calibrate with, batches of images alone, cut to one size where
+        they differ.
     """
     if calibration_samples < 1:
         raise ConfigError(f"calibration_samples must be 1 or more; got {calibration_samples}.")

@@ -47,7 +47,7 @@ def image_masks(
 
     Returns:
         To test on, batches of images (N, C, H, W) of one shape and objects (N, H, W), whole
-        numbers; to calibrate with, batches of images cut to the sides of the smallest.
+        numbers; to calibrate with, batches of images alone, cut to one size where they differ.
     """
     if calibration_samples < 1:
         raise ConfigError(f"calibration_samples must be 1 or more; got {calibration_samples}.")

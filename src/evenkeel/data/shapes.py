@@ -46,16 +46,19 @@ def batched_by_shape(
 
 
 def mixed_batches(images: Sequence[Tensor], batch: int = MIXED) -> list[tuple[Tensor]]:
-    """Batches of images that are all cut to the sides of the smallest, from their middle.
+    """Batches to calibrate with, of images that may have several shapes.
 
-    A batch to calibrate with must have pictures of all kinds, as its statistics stand for all; kind
-    and size often go together. Sides are multiples of 32, and nothing is padded if none is shorter.
+    Such a batch must have pictures of all kinds, as its statistics stand for all; kind and size
+    often go together. Images of one shape are padded, as those that are tested on. Others are cut
+    to the sides of the smallest, from the middle, to a multiple of 32 where there is as much.
 
     Examples:
         >>> x = [torch.zeros(1, 32, 70), torch.zeros(1, 64, 40)]
         >>> [tuple(images.shape) for (images,) in mixed_batches(x)]
         [(2, 1, 32, 32)]
     """
+    if len({image.shape for image in images}) == 1:
+        return [(part,) for part in torch.stack([padded(image) for image in images]).split(batch)]
     height, width = (
         max(min(image.shape[axis] for image in images) // MULTIPLE, 1) * MULTIPLE for axis in (1, 2)
     )
