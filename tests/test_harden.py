@@ -1,5 +1,6 @@
 """Training under noise on the weights."""
 
+import copy
 import math
 
 import pytest
@@ -10,6 +11,8 @@ from torch.nn import functional as F
 import evenkeel as ek
 from evenkeel.analog import Gaussian, hardening, program
 from evenkeel.analog.harden import InjectedNoise
+from evenkeel.audit.names import resolve
+from evenkeel.audit.remedy import as_row
 from evenkeel.data import digits
 from evenkeel.errors import ConfigError
 from evenkeel.models import build
@@ -165,3 +168,101 @@ def test_a_failure_at_the_start_leaves_plain_weights():
     with pytest.raises(RuntimeError), hardening(net, 0.1):
         pass
     assert not hasattr(net[0], "parametrizations")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return digits()
+
+
+@pytest.fixture(scope="module")
+def plain(data):
+    return fit(lambda: build("resnet8_digits"), *data.train, epochs=6)
+
+
+def outputs(net, data):
+    with torch.no_grad():
+        return torch.cat([net(x) for x, _ in data.test])
+
+
+def test_a_network_hardens_without_labels(data, plain):
+    hardened = copy.deepcopy(plain)
+    before = torch.get_rng_state()
+    inputs = [(x, None) for x, *_ in data.calibration]
+    assert ek.analog.harden_(hardened, inputs, 0.15, passes=8) is hardened
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not hardened.training
+    cells = [
+        ek.audit(net.eval(), data.limited(test=300), devices=["gaussian:0.15"], chips=8,
+                 remedies=["none"], store=":memory:", workers=0).cells[0]
+        for net in (plain, hardened)
+    ]  # fmt: skip
+    assert cells[1].mean > cells[0].mean + 2
+    same = (outputs(hardened, data).argmax(1) == outputs(plain, data).argmax(1)).float().mean()
+    assert same > 0.95
+
+
+def test_statistics_stay_and_the_seed_decides():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2))
+    batches = [torch.randn(40, 6) for _ in range(2)]
+    made = [
+        ek.analog.harden_(copy.deepcopy(net), batches, 0.1, passes=2, seed=seed)
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(made[0][1].running_mean, net[1].running_mean)
+    assert torch.equal(made[0][0].weight, made[1][0].weight)
+    assert not torch.equal(made[0][0].weight, made[2][0].weight)
+    assert not torch.equal(made[0][0].weight, net[0].weight)
+    assert all(type(layer.weight) is nn.Parameter for layer in (made[0][0], made[0][3]))
+
+
+def test_no_noise_and_no_clip_leave_the_function():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(64, 6)
+    wanted = net(x)
+    ek.analog.harden_(net, [x], 0.0, clip=math.inf, passes=3)
+    torch.testing.assert_close(net(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"passes": 0}, "passes"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"level": -1}, "level"),
+    ],
+)
+def test_options_out_of_range(given, said):
+    with pytest.raises(ConfigError, match=said):
+        ek.analog.harden_(nn.Linear(4, 2), [torch.randn(8, 4)], **{"level": 0.1} | given)
+
+
+def test_what_cannot_learn_is_refused():
+    with pytest.raises(ConfigError, match="at least one sample"):
+        ek.analog.harden_(nn.Linear(4, 2), [], 0.1)
+    with pytest.raises(ConfigError, match="require gradients"):
+        ek.analog.harden_(nn.Linear(4, 2).requires_grad_(False), [torch.randn(8, 4)], 0.1)
+
+
+def test_hardening_is_a_remedy_and_the_dearest(data, plain):
+    audit = ek.audit(
+        plain.eval(), data.limited(test=300, calibration=256), devices=["gaussian:0.2"], chips=3,
+        remedies=["none", "harden:0.2:passes=6", "harden:0.2:passes=6+calibrate"],
+        store=":memory:", workers=0,
+    )  # fmt: skip
+    none, hardened, both = audit.cells
+    assert hardened.mean > none.mean + 3
+    assert both.mean > none.mean + 3
+    assert "a short training" in " ".join(audit.verdict)
+    assert "no retraining" not in " ".join(audit.verdict)
+    rows = [resolve("remedies", name) for name in ("harden", "harden:0.05", "harden:passes=3")]
+    assert [row.name for row in rows] == ["harden", "harden:0.05", "harden:passes=3"]
+    assert as_row("harden").effort > as_row("drift+calibrate").effort
+
+
+def test_a_composite_must_be_taken_apart_before():
+    net = nn.ModuleDict({"r": nn.LSTM(3, 4), "out": nn.Linear(4, 2)})
+    assert "take_apart_" in as_row("harden").why_not(net)
+    ek.layers.take_apart_(net)
+    assert as_row("harden").why_not(net) is None

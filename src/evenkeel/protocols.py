@@ -74,7 +74,7 @@ class SharedRemedy(Protocol):
 
     Either kind may have ``why_not(model)``, which tells why it is of no use to a network,
     ``enables``, names of remedies that become of use behind it, and a ``title``, which sentences
-    use instead of the name.
+    use instead of the name. One that trains has ``trains = True``, and counts as the dearest.
     """
 
     name: str

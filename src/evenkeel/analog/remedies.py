@@ -9,7 +9,8 @@ from torch.nn.utils import parametrize
 from evenkeel.analog.chip import Chip
 from evenkeel.analog.clip import clip_weights_
 from evenkeel.analog.compensation import CompensatePer, compensate_drift_
-from evenkeel.layers import weight_layer
+from evenkeel.analog.harden import harden_
+from evenkeel.layers import is_composite, weight_layer
 from evenkeel.protocols import Bench
 
 
@@ -41,6 +42,57 @@ class DriftCompensation:
     def to_dict(self) -> dict[str, Any]:
         """Settings and version."""
         return {"type": "DriftCompensation", "version": self.version, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Harden:
+    """A short training under noise, towards what the network gives without; no labels needed.
+
+    Args:
+        level: of the noise, as a share of the layer's largest weight.
+        passes: over the inputs to calibrate with.
+    """
+
+    level: float = 0.1
+    passes: int = 10
+    title: ClassVar[str] = "hardening"
+    advice: ClassVar[str] = (
+        "Train the network for some passes over unlabelled inputs, with fresh Gaussian noise on "
+        "its weights at each step and its own undisturbed outputs as the aim; "
+        "`mended.safetensors` holds the result. By hand: "
+        "`ek.analog.harden_(model, batches, level)`."
+    )
+    version: ClassVar[int] = 1
+    trains: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "passes", int(self.passes))  # from a name it is a float
+
+    @property
+    def name(self) -> str:
+        """With the settings, where they are not the defaults."""
+        passes = "" if self.passes == type(self).passes else f":passes={self.passes}"
+        return "harden" + ("" if self.level == type(self).level else f":{self.level:g}") + passes
+
+    def why_not(self, model: nn.Module) -> str | None:
+        """The noise must reach all weights that a chip would hold."""
+        for path, module in model.named_modules():
+            if is_composite(module):
+                return (
+                    f"'{path}' holds several matrices; take it apart first: "
+                    f"evenkeel.layers.take_apart_."
+                )
+            if weight_layer(module) is not None and parametrize.is_parametrized(module, "weight"):
+                return f"The weight of '{path}' is made of other parameters."
+        return None
+
+    def prepare_(self, model: nn.Module, bench: Bench) -> None:
+        """Train it."""
+        harden_(model, bench.batches, self.level, passes=self.passes, forward=bench.forward)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings and version."""
+        return {"type": "Harden", "version": self.version, **asdict(self)}
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,14 @@ class Row:
 
     @property
     def effort(self) -> int:
-        """What it costs to deploy: 0 nothing, 1 once for all chips, 2 on each chip, 3 with data."""
+        """What it costs to deploy: 0 nothing, 1 once for all chips, 2 on each chip, 3 with data.
+
+        From 4 on the same, and training before.
+        """
+        training = 4 * any(getattr(part, "trains", False) for part in self.parts)
         if self.per_chip:
-            return 3 if self.needs_data else 2
-        return 1 if self.is_shared else 0
+            return training + (3 if self.needs_data else 2)
+        return training + (1 if self.is_shared else 0)
 
     def why_not(self, model: nn.Module) -> str | None:
         """Why one of the parts is of no use to a network; a part that has no say is of use."""

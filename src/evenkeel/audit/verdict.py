@@ -18,7 +18,13 @@ EFFORTS = (
     "one changed network for every chip, nothing to do on each",
     "a measurement on each chip, without data",
     "unlabelled inputs run on each chip",
+    "a short training",
+    "a short training, once for every chip, and nothing to do on each",
+    "a short training, and a measurement on each chip, without data",
+    "a short training, and unlabelled inputs run on each chip",
 )
+TRAINS = 4
+"""From this effort on there is training in it."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ def sentences(
     if worst.remedy != raw.remedy:
         said.append(
             f"“{worst.remedy}” is the cheapest remedy within {WITHIN} {many} of the best: it takes "
-            f"{EFFORTS[row.effort]}, and no retraining."
+            f"{EFFORTS[row.effort]}" + (", and no retraining." if row.effort < TRAINS else ".")
         )
         best = next((c for c in verdict.best if c.age_s == worst.age_s), worst)
         if best.remedy != worst.remedy:
