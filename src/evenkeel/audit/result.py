@@ -5,16 +5,18 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from evenkeel.audit.plan import age_label
 from evenkeel.audit.run import Workload, mended_chip
-from evenkeel.audit.sensitivity import Sensitivity, sensitivity
 from evenkeel.audit.summary import Cell, summarize
 from evenkeel.audit.verdict import Verdict, judge, points, sentences
 from evenkeel.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from evenkeel.audit.sensitivity import Sensitivity
 
 SCHEMA_VERSION = 1
 
@@ -48,7 +50,7 @@ class Audit:
     notes: list[str]
     figures: dict[str, float]
     _work: Workload = field(repr=False)
-    sensitivity: Sensitivity | None = None
+    sensitivity: "Sensitivity | None" = None
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -123,13 +125,15 @@ class Audit:
 
     def find_sensitivity(
         self, *, chips: int = 4, progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> Sensitivity:
+    ) -> "Sensitivity":
         """Which layers cost it on the first device at its worst age, for the report and the JSON.
 
         Args:
             chips: how many of the audited ones, from the first.
             progress: called with evaluations done, and at most to do.
         """
+        from evenkeel.audit.sensitivity import sensitivity
+
         plan = self._work.plan
         self.sensitivity = sensitivity(
             self._work.model,

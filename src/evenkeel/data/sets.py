@@ -1,23 +1,32 @@
 """Published data sets by name: where they lie, what they must hold, how they are read."""
 
 import hashlib
+import importlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from evenkeel.data.cells import blood_cells, blood_cells_train, nuclei
 from evenkeel.data.cifar10 import cifar10, cifar10_train
 from evenkeel.data.dataset import Data
 from evenkeel.data.folder import SUFFIXES, pictures_digest
-from evenkeel.data.masks import training_pairs
 from evenkeel.data.mnist import mnist, mnist_train
 from evenkeel.data.pictures import kodak
 from evenkeel.errors import ConfigError, nearest
 
 ROOT_VARIABLE = "EVENKEEL_DATA"
+
+
+def _later(module: str, name: str) -> Callable[[Path], Any]:
+    """A reader whose module is imported when it reads."""
+
+    def read(folder: Path) -> Any:
+        return getattr(importlib.import_module(f"evenkeel.data.{module}"), name)(folder)
+
+    return read
 
 
 @dataclass(frozen=True)
@@ -156,8 +165,8 @@ SETS: Mapping[str, StandardSet] = {
         notice="Blood cell detection (BCCD), github.com/Shenggan/BCCD_Dataset, MIT licence: "
         "images/ has its pictures, and its boxes are in COCO's layout, without two of no area. "
         "Many red cells in clumps have no box, so their average precision cannot reach 100.",
-        read=blood_cells,
-        read_train=blood_cells_train,
+        read=_later("cells", "blood_cells"),
+        read_train=_later("cells", "blood_cells_train"),
     ),
     "nuclei": StandardSet(
         folder="nuclei",
@@ -173,8 +182,8 @@ SETS: Mapping[str, StandardSet] = {
         "360 pixels a side, instances/ with a number for each nucleus. The split is one of our "
         "own, by a hash of the name; fields of one experiment are on both sides, so it is easier "
         "than the competition's test.",
-        read=nuclei,
-        read_train=training_pairs,
+        read=_later("cells", "nuclei"),
+        read_train=_later("masks", "training_pairs"),
     ),
 }
 
