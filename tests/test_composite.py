@@ -314,3 +314,19 @@ def test_a_stack_that_is_taken_apart_does_not_compute_past_its_layers():
 def test_what_is_itself_such_a_layer_is_refused():
     with pytest.raises(ConfigError, match="LSTM cannot be taken apart"):
         ek.layers.take_apart_(nn.LSTM(4, 4))
+
+
+def test_a_refusal_takes_nothing_apart():
+    network = nn.ModuleDict({"r": nn.LSTM(4, 4), "a": nn.MultiheadAttention(4, 2)})
+    prune.l1_unstructured(network.a, "in_proj_weight", 0.3)
+    with pytest.raises(ConfigError, match="made by a hook"):
+        ek.layers.take_apart_(network)
+    assert type(network.r) is nn.LSTM
+
+
+def test_what_is_taken_apart_has_no_parameters_without_use():
+    network = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2)})
+    ek.layers.take_apart_(network)
+    assert {name.split(".")[1] for name, _ in network.named_parameters()} == {
+        "q_proj", "k_proj", "v_proj", "out_proj",
+    }  # fmt: skip

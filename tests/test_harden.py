@@ -266,3 +266,90 @@ def test_a_composite_must_be_taken_apart_before():
     assert "take_apart_" in as_row("harden").why_not(net)
     ek.layers.take_apart_(net)
     assert as_row("harden").why_not(net) is None
+
+
+def normalized():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)).train()
+
+
+def same_state(net, before):
+    after = net.state_dict()
+    return all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("failing", ["interrupted", "diverging"])
+def test_a_training_that_fails_leaves_all_as_it_was(failing):
+    net, calls = normalized(), []
+    net(torch.randn(8, 4)).sum().backward()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    grads = [p.grad for p in net.parameters()]
+
+    def forward(model, batch):
+        calls.append(1)
+        if failing == "interrupted" and len(calls) == 10:
+            raise KeyboardInterrupt
+        return model(batch)
+
+    rate = 1e-3 if failing == "interrupted" else 1e30
+    with pytest.raises((KeyboardInterrupt, ConfigError)):
+        ek.analog.harden_(
+            net, [torch.randn(64, 4)], 0.1, passes=40, learning_rate=rate, forward=forward
+        )
+    assert same_state(net, before)
+    assert all(module.training for module in net.modules())
+    assert all(p.grad is grad for p, grad in zip(net.parameters(), grads, strict=True))
+    assert type(net[0].weight) is nn.Parameter
+
+
+def test_outputs_that_are_masked_by_infinity_are_left_out():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.layer(x).masked_fill(torch.tensor([False, True, False]), -torch.inf)
+
+    net = ek.analog.harden_(Masked(), [torch.randn(32, 4)], 0.1, passes=3)
+    assert net.layer.weight.isfinite().all()
+
+
+def test_batches_made_in_inference_mode():
+    with torch.inference_mode():
+        x = torch.randn(32, 4)
+        net = ek.analog.harden_(normalized_outside, [x], 0.1, passes=2)
+    assert not net[0].weight.is_inference()
+
+
+normalized_outside = normalized()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: normalized().requires_grad_(False), "require gradients"),
+        (lambda: normalized().half(), "float32"),
+    ],
+)
+def test_what_cannot_be_trained_is_no_remedy(make, said):
+    assert said in as_row("harden").why_not(make())
+    with pytest.raises(ConfigError, match=said):
+        ek.analog.harden_(make(), [torch.randn(8, 4)], 0.1)
+
+
+@pytest.mark.parametrize("name", ["harden:-1", "harden:passes=0", "harden:passes=2.5"])
+def test_settings_of_the_remedy_out_of_range(name):
+    with pytest.raises(ConfigError, match="Harden needs"):
+        resolve("remedies", name)
+
+
+def test_outputs_of_changing_size_are_refused():
+    calls = []
+
+    def forward(model, batch):
+        calls.append(1)
+        return model(batch)[: len(calls)]
+
+    with pytest.raises(ConfigError, match="one size"):
+        ek.analog.harden_(normalized(), [torch.randn(8, 4)], 0.1, forward=forward)

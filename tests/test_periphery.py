@@ -376,3 +376,14 @@ def test_what_is_asked_for_is_added_to_a_devices_own(monkeypatch):
     assert found.periphery == Periphery(dac=Converter(8), rows=4, output_noise=0.1)
     assert (found.scale_per, own.periphery.dac) == ("column", None)
     assert hardware.devices_from(["mine"], None, None, None, False) == ["mine"]
+
+
+@pytest.mark.parametrize("bits", [8, 16, 26])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_serial_inputs_keep_the_largest(bits, dtype):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(32, 16), torch.randn(320, 32)
+    chip = on_chip(layer, Gain(1.0), dac=Converter(bits), serial=True)
+    y = layer(x).detach()
+    error = (chip(x.to(dtype)).detach().float() - y).abs().amax(1) / y.abs().max()
+    assert float(error.max()) < (0.02 if dtype == torch.float32 else 0.05)

@@ -151,3 +151,57 @@ def test_an_audit_by_command_tells_it_too(tmp_path, monkeypatch, capsys):
     assert "with all layers on the chip" in " ".join(out.split())
     facts = json.loads((tmp_path / "audit" / "audit.json").read_text())
     assert "blocks.0.conv1" in [cost["layer"] for cost in facts["sensitivity"]["layers"]]
+
+
+class Foreign:
+    """A device as the protocol has it, that cannot leave layers out."""
+
+    name, family, ages = "Foreign", "Foreign", False
+
+    def program(self, model, *, seed):
+        return ForeignChip(model)
+
+    def to_dict(self):
+        return {"type": "Foreign"}
+
+
+class ForeignChip:
+    def __init__(self, model):
+        self.model, self.digital = copy.deepcopy(model), {}
+
+    def __call__(self, x):
+        return self.model(x)
+
+    def age_(self, seconds):
+        return self
+
+    def rewind_(self, stream):
+        return self
+
+
+def test_a_device_that_cannot_leave_layers_out(net, data):
+    with pytest.raises(ConfigError, match="Foreign must be able to leave layers out"):
+        sensitivity(net, data, device=Foreign())
+
+
+def test_an_audit_is_written_all_the_same(tmp_path, monkeypatch, capsys):
+    from evenkeel.models import build
+
+    save(build("resnet8_digits"), tmp_path / "net.safetensors")
+    code, out, _ = command(
+        monkeypatch, capsys, "audit", tmp_path / "net.safetensors", "--out", tmp_path / "audit",
+        "--device", "test_sensitivity:Foreign", "--remedy", "none", "--chips", 1,
+        "--test-samples", 40, "--sensitivity", "--workers", 0,
+    )  # fmt: skip
+    assert code == 0
+    assert "leave layers out" in " ".join(out.split())
+    assert (tmp_path / "audit" / "report.html").exists()
+
+
+def test_a_network_of_one_layer_has_a_name_in_the_outcome(net, data):
+    whole = nn.Linear(6, 4).eval()
+    with torch.no_grad():
+        samples = as_data((data.test[0][0], whole(data.test[0][0]).argmax(1)))
+    found = sensitivity(whole, samples, device="gaussian:0.3", target=100.0, chips=1)
+    assert found.smallest == [""]
+    assert found.said.endswith(": the network itself.")

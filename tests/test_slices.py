@@ -151,3 +151,9 @@ def test_a_memory_has_none():
     for given in ({"slices": Slices(2, 2)}, {"periphery": Periphery(rows=4)}):
         with pytest.raises(ConfigError, match="A memory's crossbar"):
             memory.program(Device(PCM(), **given), seed=0)
+
+
+@pytest.mark.parametrize("slices", [4, (4, 2)])
+def test_slices_must_be_such(slices):
+    with pytest.raises(ConfigError, match=r"Slices\(4, bits=2\)"):
+        Device(PCM(), slices=slices)

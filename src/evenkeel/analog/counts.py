@@ -25,7 +25,7 @@ class Counts:
     Attributes:
         tiles: arrays, with a layer's rows cut as the periphery says.
         devices: that hold weights.
-        dac: conversions of inputs: each row of each tile, for every product.
+        dac: conversions of inputs: each row of each tile, for every product; slices share them.
         adc: conversions of currents: each column of each tile, for every product.
         analog: multiplications with a weight, by layer on the chip.
         digital: likewise, by layer that stayed digital, as far as torch can count it.

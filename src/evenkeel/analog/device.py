@@ -149,6 +149,8 @@ class Device:
         self.models = models
         self.periphery = periphery
         self.scale_per = scale_per
+        if slices is not None and not hasattr(slices, "digits"):
+            raise ConfigError(f"slices must be Slices, such as Slices(4, bits=2); got {slices!r}.")
         self.slices = slices
         self.g_max = float(getattr(own, "g_max", 1.0) if g_max is None else g_max)
         self.g_min = float(getattr(own, "g_min", 0.0))

@@ -70,7 +70,7 @@ def hardening(
         clip: in standard deviations of the layer's weights, to which they are clipped; 2.0 to 2.5
             by Joshi et al.; ``math.inf`` for none.
         seed: of the noise; torch's global generator does not move.
-        layers: paths or patterns; default: all that a chip would hold.
+        layers: paths or patterns; default: all that a chip would hold, frozen ones too.
 
     Raises:
         ConfigError: a level or clip out of range, or a layer whose weight is not its own.
@@ -155,7 +155,8 @@ def harden_(
         forward: how to run the model on a batch.
 
     Raises:
-        ConfigError: an option out of its range, or outputs without floating-point numbers.
+        ConfigError: an option out of its range, nothing to train, outputs that cannot be compared,
+            or a training that diverges; the network is then as it was.
 
     Examples:
         >>> import torch, evenkeel as ek
@@ -163,42 +164,96 @@ def harden_(
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 9), torch.nn.ReLU(), torch.nn.Linear(9, 2))
         >>> net = ek.analog.harden_(net, x.split(64), 0.1)
     """
-    if passes < 1 or not learning_rate > 0:
+    if not (isinstance(passes, int) and passes >= 1) or not learning_rate > 0:
         raise ConfigError(
-            f"passes must be 1 or more and learning_rate above 0; got {passes!r} and "
-            f"{learning_rate!r}."
+            f"passes must be a whole number, 1 or more, and learning_rate above 0; got {passes!r} "
+            f"and {learning_rate!r}."
         )
     parts = [
         narrow(batch, start, start + PART)
         for batch in batches
         for start in range(0, size(batch), PART)
     ]
-    if not parts or not any(p.requires_grad for p in model.parameters()):
-        what = "at least one sample" if not parts else "parameters that require gradients"
-        raise ConfigError(f"harden_ needs {what}; there are none.")
-    model.eval()
-    with torch.inference_mode(False):
-        with torch.no_grad():
-            wanted = [_numbers(forward(model, part)) for part in parts]
-        scale = torch.cat(wanted).var().clamp_min(torch.finfo(torch.float32).tiny)
-        with torch.enable_grad(), hardening(model, level, clip=clip, seed=seed):
-            for module in model.modules():
-                if isinstance(module, InjectedNoise):
-                    module.train()
-            learnt = [p for p in model.parameters() if p.requires_grad]
-            optimizer = torch.optim.Adam(learnt, learning_rate)
-            steps = passes * len(parts)
-            schedule = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, learning_rate, total_steps=steps
-            )
-            for _ in range(passes):
-                for part, aim in zip(parts, wanted, strict=True):
-                    optimizer.zero_grad(set_to_none=True)
-                    error = _numbers(forward(model, part)) - aim
-                    (error.square().mean() / scale).backward()
-                    optimizer.step()
-                    schedule.step()
+    if not parts:
+        raise ConfigError("harden_ needs at least one sample to learn from; there is none.")
+    if reason := why_not_harden(model):
+        raise ConfigError(f"harden_ cannot train {type(model).__name__}. {reason}")
+    before = {p: (p.detach().clone(), p.grad) for p in model.parameters()}
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            _learn(model.eval(), parts, level, clip, passes, learning_rate, seed, forward)
+    except BaseException:
+        for p, (weight, _) in before.items():
+            p.data.copy_(weight)
+        for module, training in modes:
+            module.training = training
+        raise
+    finally:
+        for p, (_, grad) in before.items():
+            p.grad = grad
     return model.eval()
+
+
+def why_not_harden(model: nn.Module) -> str | None:
+    """Why a network cannot be trained like that."""
+    parameters = list(model.parameters())
+    if not any(p.requires_grad for p in parameters):
+        return "It has no parameters that require gradients."
+    if any(p.is_inference() for p in parameters):
+        return "It was made in inference mode; make it outside."
+    if any(p.dtype == torch.float16 for p in parameters):
+        return "Adam does not work in float16; train it in float32."
+    return None
+
+
+def _learn(
+    model: nn.Module,
+    parts: Sequence[Any],
+    level: float,
+    clip: float,
+    passes: int,
+    learning_rate: float,
+    seed: int,
+    forward: Forward,
+) -> None:
+    """The training itself; what it leaves is good only if it raises nothing."""
+    parts = [torch.utils._pytree.tree_map(_usable, part) for part in parts]
+    with torch.no_grad():
+        wanted = [_numbers(forward(model, part)) for part in parts]
+    known = torch.cat(wanted).float()
+    scale = known[known.isfinite()].var(correction=0).clamp_min(torch.finfo(torch.float32).tiny)
+    with hardening(model, level, clip=clip, seed=seed):
+        for module in model.modules():
+            if isinstance(module, InjectedNoise):
+                module.train()
+        learnt = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(learnt, learning_rate)
+        steps = passes * len(parts)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+        for _ in range(passes):
+            for part, aim in zip(parts, wanted, strict=True):
+                optimizer.zero_grad(set_to_none=True)
+                given = _numbers(forward(model, part))
+                if given.shape != aim.shape:
+                    raise ConfigError(
+                        f"harden_ needs outputs of one size at every run; got {len(aim)} numbers "
+                        f"and then {len(given)}."
+                    )
+                error = (given - aim)[aim.isfinite()]  # where it masks with infinity, it need not
+                (error.square().mean() / scale).backward()
+                optimizer.step()
+                schedule.step()
+        if not all(bool(p.isfinite().all()) for p in learnt):
+            raise ConfigError(
+                "harden_ diverged, and the network is as it was. Check the inputs for NaN, or give "
+                "a lower learning_rate."
+            )
+
+
+def _usable(leaf: Any) -> Any:
+    """A tensor that was made in inference mode as one that training can keep."""
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
 
 
 PART = 32
@@ -219,6 +274,8 @@ def _end(known: dict[str, nn.Module], weights: dict[str, Tensor]) -> None:
         if parametrize.is_parametrized(known[path], "weight"):
             known[path].parametrizations.weight.eval()  # type: ignore[union-attr]
             parametrize.remove_parametrizations(known[path], "weight")
+            own = known[path]._parameters  # the weight stands first again, as it did
+            own.update({name: own.pop(name) for name in list(own) if name != "weight"})
     with torch.no_grad():
         for path, weight in weights.items():
             known[path].weight.copy_(weight)  # type: ignore[operator]

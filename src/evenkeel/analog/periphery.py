@@ -181,7 +181,8 @@ def _in_turn(x: Tensor, around: Periphery, peak: Tensor) -> Iterator[tuple[float
         return
     step = step_of(around.dac, peak)
     codes = (x / step).round()
-    magnitude, sign = codes.abs().to(torch.int32), codes.sign()
+    top = 2 ** (around.dac.bits - 1) - 1  # which rounding may go beyond
+    magnitude, sign = codes.abs().to(torch.int64).clamp_max(top), codes.sign()
     for bit in range(around.dac.bits - 1):
         # Each bit drives a row as far as all bits together would.
         far = 2 ** (around.dac.bits - 1)

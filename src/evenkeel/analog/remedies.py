@@ -1,5 +1,6 @@
 """The analog side's remedies, as an audit knows them."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +10,8 @@ from torch.nn.utils import parametrize
 from evenkeel.analog.chip import Chip
 from evenkeel.analog.clip import clip_weights_
 from evenkeel.analog.compensation import CompensatePer, compensate_drift_
-from evenkeel.analog.harden import harden_
+from evenkeel.analog.harden import harden_, why_not_harden
+from evenkeel.errors import ConfigError
 from evenkeel.layers import is_composite, weight_layer
 from evenkeel.protocols import Bench
 
@@ -66,6 +68,11 @@ class Harden:
     trains: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if not 0 <= self.level < math.inf or self.passes < 1 or self.passes != int(self.passes):
+            raise ConfigError(
+                f"Harden needs a level of 0 or more and a whole number of passes, 1 or more; got "
+                f"{self.level!r} and {self.passes!r}."
+            )
         object.__setattr__(self, "passes", int(self.passes))  # from a name it is a float
 
     @property
@@ -82,9 +89,11 @@ class Harden:
                     f"'{path}' holds several matrices; take it apart first: "
                     f"evenkeel.layers.take_apart_."
                 )
-            if weight_layer(module) is not None and parametrize.is_parametrized(module, "weight"):
+            if weight_layer(module) is None:
+                continue
+            if parametrize.is_parametrized(module, "weight") or "weight" in vars(module):
                 return f"The weight of '{path}' is made of other parameters."
-        return None
+        return why_not_harden(model)
 
     def prepare_(self, model: nn.Module, bench: Bench) -> None:
         """Train it."""

@@ -51,6 +51,7 @@ class Audit:
     figures: dict[str, float]
     _work: Workload = field(repr=False)
     sensitivity: "Sensitivity | None" = None
+    _made: dict[tuple[int, int], nn.Module] = field(default_factory=dict, repr=False)
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -107,7 +108,7 @@ class Audit:
         chip: that is :attr:`recipe`. Where the remedy changes nothing beforehand, this is a copy of
         the network as it came.
         """
-        return copy.deepcopy(self._work.prepared(0, self.verdicts[0].row))
+        return copy.deepcopy(self._prepared(0, self.verdicts[0].row))
 
     @property
     def recipe(self) -> list[str]:
@@ -118,10 +119,15 @@ class Audit:
     def mended_chip(self, device: int, age_s: float, row: int, chip: int) -> Any:
         """One of the audited chips again, as it was evaluated."""
         plan = self._work.plan
-        made, _ = mended_chip(
-            self._work, self._work.prepared(device, row), plan.trial(device, age_s, row, chip)
-        )
+        prepared = self._prepared(device, row)
+        made, _ = mended_chip(self._work, prepared, plan.trial(device, age_s, row, chip))
         return made
+
+    def _prepared(self, device: int, row: int) -> nn.Module:
+        """The network that is programmed; kept, as preparing may take a training."""
+        if (device, row) not in self._made:
+            self._made[device, row] = self._work.prepared(device, row)
+        return self._made[device, row]
 
     def find_sensitivity(
         self, *, chips: int = 4, progress: Callable[[int, int], None] = lambda done, total: None

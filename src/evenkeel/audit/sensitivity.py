@@ -75,7 +75,10 @@ class Sensitivity:
             return f"{said} {self.target:g} {self.unit} is not reached, with all layers digital."
         if not self.smallest:
             return f"{said} That reaches {self.target:g} {self.unit}; no layer need be digital."
-        layers, last = ", ".join(self.smallest), dict(self.kept)[self.smallest[-1]]
+        layers, last = (
+            ", ".join(layer or "the network itself" for layer in self.smallest),
+            dict(self.kept)[self.smallest[-1]],
+        )
         return (
             f"{said} With {len(self.smallest)} of {len(self.layers)} digital it is {last:.1f} "
             f"{self.unit}: {layers}."
@@ -135,7 +138,10 @@ def sensitivity(
     samples, age_s = as_data(data), parse_age(age)
     model = copy.deepcopy(model).eval()
     measured.check(copy.deepcopy(model), samples.test, samples.classes)
-    paths = [array.path for _, array in hardware.program(model, seed=seed).arrays()]
+    first = hardware.program(model, seed=seed)
+    if not hasattr(first, "arrays"):
+        raise _cannot_leave_out(hardware)
+    paths = [array.path for _, array in first.arrays()]
     total, done = (2 * len(paths) + 1) * chips, 0
 
     def on_chips(layers: Collection[str]) -> float:
@@ -183,7 +189,11 @@ def _programmed(device: Any, model: nn.Module, seed: int, layers: Collection[str
     try:
         return device.program(model, seed=seed, layers=sorted(layers))
     except TypeError as error:
-        raise ConfigError(
-            f"{device.name} must be able to leave layers out: its program(model, seed=) needs "
-            f"layers= besides, a list of paths."
-        ) from error
+        raise _cannot_leave_out(device) from error
+
+
+def _cannot_leave_out(device: Any) -> ConfigError:
+    return ConfigError(
+        f"{device.name} must be able to leave layers out: its program(model, seed=) needs layers= "
+        f"besides, a list of paths, and its chips arrays()."
+    )

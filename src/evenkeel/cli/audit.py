@@ -149,10 +149,13 @@ def audit(
         )
         if sensitivity:
             part = bar.add_task("layers", total=None)
-            result.find_sensitivity(
-                chips=min(chips, 4),
-                progress=lambda done, total: bar.update(part, completed=done, total=total),
-            )
+            try:
+                result.find_sensitivity(
+                    chips=min(chips, 4),
+                    progress=lambda done, total: bar.update(part, completed=done, total=total),
+                )
+            except ConfigError as error:  # what has been measured is not lost for it
+                result.notes.append(str(error))
     _write(result, out, json_file)
     console.print(result.rich_table())
     if result.figures:

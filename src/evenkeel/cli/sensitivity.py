@@ -61,7 +61,7 @@ def sensitivity(
     test_samples
         Test on the first so many only.
     task
-        classify, regress, reconstruct, or module:Class.
+        classify, regress, reconstruct, segment, detect, or module:Class.
     device
         One, with its level: gaussian:0.05.
     dac

@@ -20,13 +20,15 @@ from evenkeel.errors import ConfigError, nearest
 ROOT_VARIABLE = "EVENKEEL_DATA"
 
 
-def _later(module: str, name: str) -> Callable[[Path], Any]:
+@dataclass(frozen=True)
+class _Later:
     """A reader whose module is imported when it reads."""
 
-    def read(folder: Path) -> Any:
-        return getattr(importlib.import_module(f"evenkeel.data.{module}"), name)(folder)
+    module: str
+    name: str
 
-    return read
+    def __call__(self, folder: Path) -> Any:
+        return getattr(importlib.import_module(f"evenkeel.data.{self.module}"), self.name)(folder)
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,8 @@ SETS: Mapping[str, StandardSet] = {
         notice="Blood cell detection (BCCD), github.com/Shenggan/BCCD_Dataset, MIT licence: "
         "images/ has its pictures, and its boxes are in COCO's layout, without two of no area. "
         "Many red cells in clumps have no box, so their average precision cannot reach 100.",
-        read=_later("cells", "blood_cells"),
-        read_train=_later("cells", "blood_cells_train"),
+        read=_Later("cells", "blood_cells"),
+        read_train=_Later("cells", "blood_cells_train"),
     ),
     "nuclei": StandardSet(
         folder="nuclei",
@@ -182,8 +184,8 @@ SETS: Mapping[str, StandardSet] = {
         "360 pixels a side, instances/ with a number for each nucleus. The split is one of our "
         "own, by a hash of the name; fields of one experiment are on both sides, so it is easier "
         "than the competition's test.",
-        read=_later("cells", "nuclei"),
-        read_train=_later("masks", "training_pairs"),
+        read=_Later("cells", "nuclei"),
+        read_train=_Later("masks", "training_pairs"),
     ),
 }
 

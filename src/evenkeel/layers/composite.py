@@ -83,15 +83,12 @@ def take_apart_(model: nn.Module) -> list[str]:
             f"A {type(model).__name__} cannot be taken apart in place when it is the whole "
             f"network; put it into a module of your own, or nn.Sequential."
         )
-    made: dict[int, nn.Module | None] = {}  # a layer in two places stays one
+    found = [(p, m) for p, m in model.named_modules(remove_duplicate=False) if is_composite(m)]
+    # All are made before any is put in; a layer in two places stays one.
+    made = {module: expanded(module) for module in dict.fromkeys(m for _, m in found)}
     paths = []
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        if not is_composite(module):
-            continue
-        if id(module) not in made:
-            made[id(module)] = expanded(module)
-        whole = made[id(module)]
-        if whole is not None:
+    for path, module in found:
+        if (whole := made[module]) is not None:
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, whole)
             paths.append(path)
@@ -134,7 +131,7 @@ class Attention(nn.Module):
         )
         self.q_proj, self.k_proj, self.v_proj = map(linear, weights, biases)
         self.out_proj = linear(layer.out_proj.weight, layer.out_proj.bias)
-        self.in_proj_bias = layer.in_proj_bias
+        self.in_proj_bias = None  # torch's transformer layers look at it
 
     def forward(
         self,
