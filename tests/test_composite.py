@@ -330,3 +330,20 @@ def test_what_is_taken_apart_has_no_parameters_without_use():
     assert {name.split(".")[1] for name, _ in network.named_parameters()} == {
         "q_proj", "k_proj", "v_proj", "out_proj",
     }  # fmt: skip
+
+
+def test_a_layer_of_several_matrices_is_chosen_by_its_path():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0])
+
+    chip = program(Two(), Gain(1.0), seed=0, layers=["rnn"])
+    assert list(chip.digital) == ["head"]
+    assert all(path.startswith("rnn.") for path, _ in chip.arrays())
+    one = next(path for path, _ in chip.arrays())
+    few = program(Two(), Gain(1.0), seed=0, layers=[one, "head"])
+    assert {path for path, _ in few.arrays()} == {one, "head"}

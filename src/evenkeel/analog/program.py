@@ -67,7 +67,8 @@ def program(
         device: a :class:`Device`, or one effect such as ``PCM()``.
         seed: which chip; any integer.
         layers: which layers to program: paths or patterns such as ``"layer*"``, or a function of
-            path and module. Default: all that can be.
+            path and module; a layer of several matrices by its path, or one of them by its own.
+            Default: all that can be.
         chips: how many, with seeds from ``seed`` on; they come as :class:`Chips`. Default: one, as
             a :class:`Chip`.
 
@@ -147,14 +148,15 @@ def _choice(model: nn.Module, layers: LayerChoice) -> Callable[[str, nn.Module],
         return lambda path, module: True
     if callable(layers):
         return layers
-    paths = []
+    parts: dict[str, list[str]] = {}  # of each path that can be named; a whole one has several
     for path, module in model.named_modules():
         name, whole = unwrapped(model, path), expanded(module)
         if whole is not None:
-            paths += [f"{name}.{part}".lstrip(".") for part, _ in whole.named_children()]
-        elif weight_layer(module) is not None and name not in paths:
-            paths.append(name)
-    chosen = chosen_paths(layers, paths)
+            inside = [f"{name}.{part}".lstrip(".") for part, _ in whole.named_children()]
+            parts |= {part: [part] for part in inside} | {name: inside}
+        elif weight_layer(module) is not None:
+            parts.setdefault(name, [name])
+    chosen = {part for path in chosen_paths(layers, list(parts)) for part in parts[path]}
     return lambda path, module: path in chosen
 
 
