@@ -14,7 +14,7 @@ SIZE = (240, 320)
 
 
 def blood_cells(folder: Path) -> Data:
-    """72 pictures to test on, 64 of the training set to calibrate with."""
+    """72 pictures to test on, the 205 of the training set to calibrate with."""
     note = (
         "Many red cells that lie in clumps have no box in BCCD, so their average precision cannot "
         "reach 100 %; white cells are the clean class."
@@ -28,7 +28,7 @@ def blood_cells_train(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def nuclei(folder: Path) -> Data:
-    """110 pictures to test on, 64 of the training set to calibrate with."""
+    """110 pictures to test on, 256 of the training set to calibrate with."""
     note = (
         "The split of the nuclei is evenkeel's own, by a hash of the name: fields of one "
         "experiment are on both sides, so it is easier than the test of the Data Science Bowl."

@@ -14,7 +14,7 @@ from evenkeel.data.folder import normalized, pixels_of
 from evenkeel.data.shapes import UNKNOWN, batched_by_shape, mixed_batches, padded, spread
 from evenkeel.errors import ConfigError
 
-CALIBRATION = 64
+CALIBRATION = 256
 
 
 def annotation_file(root: Path, *parts: str) -> Path | None:

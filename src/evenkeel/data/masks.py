@@ -13,7 +13,7 @@ from evenkeel.data.shapes import UNKNOWN, batched_by_shape, mixed_batches, padde
 from evenkeel.errors import ConfigError
 
 KINDS = ("instances", "masks")
-CALIBRATION = 64
+CALIBRATION = 256
 
 
 def is_mask_folder(root: Path) -> bool:
