@@ -448,7 +448,7 @@ def test_what_is_nowhere_offered_says_where_to_put_it(name, tmp_path):
 def test_real_nuclei():
     folder = real("nuclei")
     data = SETS["nuclei"].read(folder)
-    assert (data.test_samples, data.calibration_samples, data.shared_samples()) == (110, 64, 0)
+    assert (data.test_samples, data.calibration_samples, data.shared_samples()) == (110, 256, 0)
     assert "own" in data.note
     assert {x.shape[1] for x, _ in data.test} == {3}
     assert all(side % 32 == 0 for x, _ in data.test for side in x.shape[2:])
@@ -463,7 +463,7 @@ def test_real_nuclei():
 
 def test_real_blood_cells():
     data = SETS["bccd"].read(real("bccd"))
-    assert (data.test_samples, data.calibration_samples, data.shared_samples()) == (72, 64, 0)
+    assert (data.test_samples, data.calibration_samples, data.shared_samples()) == (72, 205, 0)
     assert len(data.classes) == 3
     assert "no box" in data.note
     boxes = torch.cat([y.flatten(0, 1) for _, y in data.test])
