@@ -1,6 +1,7 @@
 """Pictures with masks, and pictures with boxes: folders of them, and the published ones."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -498,3 +499,9 @@ def test_images_of_many_shapes_are_calibrated_with_in_one():
     batches = mixed_batches(images, batch=3)
     assert [tuple(x.shape) for (x,) in batches] == [(3, 3, 32, 64), (1, 3, 32, 64)]
     assert torch.equal(batches[0][0][0], images[0][:, 4:36, 18:82])
+
+
+def test_pictures_to_calibrate_with_need_no_masks(pairs):
+    with_masks = image_masks(pairs).fingerprint()
+    shutil.rmtree(pairs / "train" / "instances")
+    assert image_masks(pairs).fingerprint() == with_masks

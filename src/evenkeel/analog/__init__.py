@@ -9,8 +9,8 @@ from evenkeel.analog.counts import Counts as Counts
 from evenkeel.analog.counts import count as count
 from evenkeel.analog.device import Device as Device
 from evenkeel.analog.device import DeviceModel as DeviceModel
+from evenkeel.analog.distil import harden_ as harden_
 from evenkeel.analog.faults import StuckAt as StuckAt
-from evenkeel.analog.harden import harden_ as harden_
 from evenkeel.analog.harden import hardening as hardening
 from evenkeel.analog.hermes import HERMES as HERMES
 from evenkeel.analog.layer import AnalogLayer as AnalogLayer

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from evenkeel.analog.chip import Chip
 from evenkeel.analog.clip import clip_weights_
 from evenkeel.analog.compensation import CompensatePer, compensate_drift_
-from evenkeel.analog.harden import harden_, why_not_harden
+from evenkeel.analog.distil import harden_, why_not_harden
 from evenkeel.errors import ConfigError
 from evenkeel.layers import is_composite, weight_layer
 from evenkeel.protocols import Bench

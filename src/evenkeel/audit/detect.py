@@ -1,6 +1,5 @@
 """Which objects there are, and where: boxes, scored as COCO does."""
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from evenkeel.audit.picture import Colour, inline_png, outlined
+from evenkeel.audit.picture import Colour, beside, outlined
 from evenkeel.batches import size
 from evenkeel.errors import ConfigError, MissingExtraError, nearest
 
@@ -161,11 +160,7 @@ class Detect:
             hits, sure = _hits(boxes, found)
             of_those = _framed(picture, found[found[:, 4] >= SURE], 5)
             shown.append((who, of_those, f": {hits} right of {sure}"))
-        pictures = "".join(
-            f"<div>{inline_png(x, (0, 1))}<figcaption>{html.escape(who)}{said}</figcaption></div>"
-            for who, x, said in shown
-        )
-        return f'<div class="beside">{pictures}</div>'
+        return beside(shown)
 
     @property
     def legend(self) -> str:

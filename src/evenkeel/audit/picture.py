@@ -1,6 +1,7 @@
 """One sample as an image inside a page."""
 
 import base64
+import html
 import io
 from collections.abc import Sequence
 
@@ -41,6 +42,17 @@ def inline_png(x: Tensor, limits: tuple[float, float] | None = None) -> str:
     file = io.BytesIO()
     image.save(file, format="PNG", optimize=True)
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+
+def beside(
+    shown: Sequence[tuple[str, Tensor, str]], limits: tuple[float, float] = (0.0, 1.0)
+) -> str:
+    """Pictures side by side: each with whose it is, and what is said of it."""
+    figures = "".join(
+        f"<div>{inline_png(x, limits)}<figcaption>{html.escape(who)}{said}</figcaption></div>"
+        for who, x, said in shown
+    )
+    return f'<div class="beside">{figures}</div>'
 
 
 def in_colour(x: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Pictures that a network must give back as they were: auto-encoders, denoisers, compression."""
 
-import html
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from evenkeel.audit.picture import inline_png
+from evenkeel.audit.picture import beside
 from evenkeel.errors import ConfigError
 
 LEAST = 1e-10
@@ -108,12 +107,7 @@ class Reconstruct:
         for who, output in outputs.items():
             psnr = float(self._psnr(output, batch)[index])
             shown.append((who, output[index].clamp(0, self.peak), f": {psnr:.1f} dB"))
-        pictures = "".join(
-            f"<div>{inline_png(x, (0, self.peak))}"
-            f"<figcaption>{html.escape(who)}{said}</figcaption></div>"
-            for who, x, said in shown
-        )
-        return f'<div class="beside">{pictures}</div>'
+        return beside(shown, (0, self.peak))
 
     def to_dict(self) -> dict[str, Any]:
         """Type, version and peak."""

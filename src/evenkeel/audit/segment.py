@@ -1,6 +1,5 @@
 """Which pixels belong to objects, and which objects there are."""
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evenkeel.audit.picture import inline_png, tinted
+from evenkeel.audit.picture import beside, tinted
 from evenkeel.batches import size
 from evenkeel.errors import ConfigError, nearest
 
@@ -155,11 +154,7 @@ class Segment:
             hits, either, _ = _pixels(seen.numpy(), objects.numpy())
             share = f": IoU {100 * hits / either:.0f} %" if either else ""
             shown.append((who, tinted(picture, tints), share))
-        pictures = "".join(
-            f"<div>{inline_png(x, (0, 1))}<figcaption>{html.escape(who)}{said}</figcaption></div>"
-            for who, x, said in shown
-        )
-        return f'<div class="beside">{pictures}</div>'
+        return beside(shown)
 
     @property
     def legend(self) -> str:

@@ -30,14 +30,14 @@ def image_masks(
     std: Sequence[float] = (1.0,),
     calibration_samples: int = CALIBRATION,
 ) -> Data:
-    """Read ``root/test/images/NAME.*`` with ``root/test/instances/NAME.png``, and ``train`` too.
+    """Read ``root/test/images/NAME.*`` with ``root/test/instances/NAME.png``, and ``root/train``.
 
     A mask is an image of the picture's size. In ``instances`` its values are 0 for the background
     and a number for each object; in ``masks`` anything above 0 is foreground, and what hangs
     together is an object. ``val`` or ``calibration`` stand in for ``test`` and ``train``, the
-    images of which calibrate. Sizes may differ: sides are padded to multiples of 32, with zeros,
-    where the target is -1 and nothing counts. Where one picture is in
-    colour, grey ones get three channels.
+    images of which calibrate and need no masks. Sizes may differ: sides are padded to multiples of
+    32, with zeros, where the target is -1 and nothing counts. Where one picture is in colour, grey
+    ones get three channels.
 
     Args:
         root: the folder.
@@ -54,12 +54,12 @@ def image_masks(
     root = Path(root)
     test = part_of(root, "test", "val", holds="images/*.png")
     train = part_of(root, "calibration", "train", holds="images/*.png")
-    files = pairs_of(train)
+    files = images_of(train)
     chosen = [files[k] for k in spread(len(files), calibration_samples)]
-    tested = pairs_of(test)
-    images, objects = read_pairs([*tested, *chosen])
+    tested = [_read_pair(image, mask) for image, mask in pairs_of(test)]
+    images = of_one_depth([x for x, _ in tested] + [_pixels(image) for image in chosen])
     images, n = [normalized(x, mean, std) for x in images], len(tested)
-    known = [padded(y, value=UNKNOWN) for y in objects[:n]]
+    known = [padded(y, value=UNKNOWN) for _, y in tested]
     return Data(
         name=root.resolve().name,
         test=batched_by_shape([padded(x) for x in images[:n]], known),
@@ -72,21 +72,21 @@ def training_pairs(root: Path) -> tuple[Tensor, Tensor]:
 
     What is added is 0 in the images and -1 in the objects.
     """
-    images, objects = read_pairs(pairs_of(part_of(root, "train", holds="images/*.png")))
+    files = pairs_of(part_of(root, "train", holds="images/*.png"))
+    pixels, objects = zip(*(_read_pair(image, mask) for image, mask in files), strict=True)
     sides = max(y.shape[0] for y in objects), max(y.shape[1] for y in objects)
-    pixels = [padded((255 * x).round().byte(), sides) for x in images]
-    return torch.stack(pixels), torch.stack([padded(y, sides, UNKNOWN) for y in objects])
+    images = [padded((255 * x).round().byte(), sides) for x in of_one_depth(pixels)]
+    return torch.stack(images), torch.stack([padded(y, sides, UNKNOWN) for y in objects])
 
 
 def pairs_of(part: Path) -> list[tuple[Path, Path]]:
     """Each image below a folder, and its mask."""
     folder = next((part / kind for kind in KINDS if (part / kind).is_dir()), None)
-    images = image_files(part / "images") if (part / "images").is_dir() else []
-    if folder is None or not images:
+    images = images_of(part)
+    if folder is None:
         raise ConfigError(
-            f"Segmentation needs {part}/images/NAME.png (or jpg, ...) and "
-            f"{part}/instances/NAME.png or {part}/masks/NAME.png; "
-            + (f"{part}/images holds none." if folder else "there are no masks.")
+            f"Segmentation needs {part}/instances/NAME.png or {part}/masks/NAME.png beside "
+            f"{part}/images; there are no masks."
         )
     masks = {file.stem: file for file in image_files(folder)}
     if missing := [image for image in images if image.stem not in masks]:
@@ -94,16 +94,29 @@ def pairs_of(part: Path) -> list[tuple[Path, Path]]:
     return [(image, masks[image.stem]) for image in images]
 
 
-def read_pairs(files: Sequence[tuple[Path, Path]]) -> tuple[list[Tensor], list[Tensor]]:
-    """Pixels and objects of all; where one picture is in colour, grey ones get three channels."""
-    read = [_read_pair(image, mask) for image, mask in files]
-    depth = max(len(x) for x, _ in read)
-    return [x.expand(depth, -1, -1) for x, _ in read], [y for _, y in read]
+def images_of(part: Path) -> list[Path]:
+    """The images below a folder."""
+    images = image_files(part / "images") if (part / "images").is_dir() else []
+    if not images:
+        raise ConfigError(
+            f"Segmentation needs {part}/images/NAME.png (or jpg, ...); {part}/images holds none."
+        )
+    return images
+
+
+def of_one_depth(images: Sequence[Tensor]) -> list[Tensor]:
+    """Where one picture is in colour, grey ones get three channels."""
+    depth = max(len(x) for x in images)
+    return [x.expand(depth, -1, -1) for x in images]
+
+
+def _pixels(image: Path) -> Tensor:
+    return torch.from_numpy(pixels_of(image).copy())
 
 
 def _read_pair(image: Path, mask: Path) -> tuple[Tensor, Tensor]:
     """Pixels (C, H, W) in [0, 1], and which object each belongs to (H, W), 0 for none."""
-    pixels = torch.from_numpy(pixels_of(image).copy())
+    pixels = _pixels(image)
     objects = _labels_of(mask)
     if mask.parent.name == "masks":
         from scipy import ndimage
