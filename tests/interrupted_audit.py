@@ -40,7 +40,7 @@ def main(weights: str, store: str, log: str, workers: str) -> None:
         digits(),
         devices=["gaussian:0.1", "gaussian:0.2"],
         remedies=[Logged("a", log), [Logged("b", log), Calibrate()]],
-        chips=60,
+        chips=120,
         store=store,
         workers=int(workers),
         progress=lambda done, total: (sys.stdout.write(f"{done}\n"), sys.stdout.flush()),
