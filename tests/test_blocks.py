@@ -17,11 +17,11 @@ from evenkeel.analog import (
     StuckAt,
     WanReRAM,
     blocks,
-    device,
     program,
 )
-from evenkeel.analog.blocks import blockwise
-from evenkeel.draws import Draws
+from evenkeel.analog.blocks import LANES, blockwise, layout, size_of, unfilled
+from evenkeel.draws import Draws, InTurn
+from evenkeel.errors import ConfigError
 
 DEVICES = [
     PCM(), HERMES(), WanReRAM(), CMOHfOx(), Gaussian(0.1), LogNormal(0.2),
@@ -29,18 +29,12 @@ DEVICES = [
 ]  # fmt: skip
 
 
-def of_size(size, monkeypatch):
-    for module in (blocks, device):
-        monkeypatch.setattr(module, "BLOCK", size)
-
-
 @pytest.mark.parametrize("of", DEVICES, ids=lambda d: d.name)
 def test_a_chip_is_the_same_in_blocks(of, monkeypatch):
-    net, x = nn.Linear(37, 23), torch.randn(2, 37)
-    of_size(10**9, monkeypatch)
+    net, x = nn.Sequential(nn.Linear(37, 23), nn.ReLU(), nn.Linear(23, 5)), torch.randn(2, 37)
     whole = program(net, of, seed=1).age_(3600.0).rewind_("x")
-    for size in (96, 848, 1696):  # whole vectors, as what is left over may round otherwise
-        of_size(size, monkeypatch)
+    for size in (64, 128, 832, 1728):
+        monkeypatch.setattr(blocks, "BLOCK", size)
         parts = program(net, of, seed=1).age_(3600.0).rewind_("x")
         for (name, a), b in zip(
             whole.state_dict().items(), parts.state_dict().values(), strict=True
@@ -50,26 +44,68 @@ def test_a_chip_is_the_same_in_blocks(of, monkeypatch):
         whole.rewind_("x")
 
 
-def test_draws_in_turn_are_those_of_one_call():
-    draws = Draws(3, "layer")
-    with draws.in_turn([5, 5, 3]) as turns:
-        mixed = [
-            (turns.normal("a", (1, 5)), turns.uniform("b", (5,))),
-            (turns.normal("a", (5,)), turns.uniform("b", (5, 1))),
-            (turns.normal("a", (3,)), turns.uniform("b", (3,))),
-        ]
-    for k, whole in enumerate((draws.normal("a", (13,)), draws.uniform("b", (13,)))):
-        assert torch.equal(torch.cat([pair[k].flatten() for pair in mixed]), whole)
+@pytest.mark.parametrize("of", DEVICES, ids=lambda d: d.name)
+def test_an_array_is_the_same_whatever_lies_beside_it(of):
+    net = nn.Sequential(nn.Linear(37, 23), nn.ReLU(), nn.Linear(23, 5), nn.Linear(5, 3))
+    both, last = (program(net, of, seed=1, layers=layers).age_(3600.0) for layers in (None, ["2"]))
+    for (name, a), b in zip(
+        both.model[2].state_dict().items(), last.model[2].state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    assert torch.equal(both.model[2].weight, last.model[2].weight)
 
 
-def test_what_is_handed_through_is_not_copied(monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK", 4)
-    x = torch.randn(2, 3, 5)
-    same, twice, nothing = blockwise(
-        lambda of: (of[0], 2 * of[0] + of[1]["y"], None), (x, {"y": x})
+@pytest.mark.parametrize("numbers", [[1], [64], [65, 1, 200], [0, 3, 0], [1000], [10, 10, 10]])
+def test_a_layout_holds_every_device_once_and_in_order(numbers):
+    pieces = layout(numbers, 128)
+    for array, number in enumerate(numbers):
+        own = [p for block in pieces for p in block if p.array == array]
+        assert [i for p in own for i in range(p.start, p.start + p.number)] == list(range(number))
+    for block in pieces:
+        assert size_of(block) <= 128
+        assert all(p.at % LANES == 0 for p in block)
+        ends = [p.at + p.number for p in block]
+        assert all(end <= p.at for end, p in zip(ends, block[1:], strict=False))
+
+
+def test_draws_in_turn_are_those_of_each_part():
+    parts = [Draws(3, "layer"), Draws(3, "other")]
+    turns = InTurn(parts, [(5, [(0, 0, 5)]), (12, [(0, 0, 3), (1, 6, 4)]), (2, [(1, 0, 2)])])
+    got = [(turns.normal("a", (1, n)).flatten(), turns.uniform("b", (n,))) for n in (5, 12, 2)]
+    for k, law in enumerate(("normal", "uniform")):
+        first, second, third = (pair[k] for pair in got)
+        alone = [getattr(p, law)("ab"[k], (n,)) for p, n in zip(parts, (8, 6), strict=True)]
+        assert torch.equal(torch.cat([first, second[:3]]), alone[0])
+        assert torch.equal(torch.cat([second[6:10], third]), alone[1])
+        assert not second[3:6].any()
+        assert not second[10:].any()
+
+
+def test_an_elementwise_effect_has_no_generator_of_its_own():
+    class Own(Gaussian):
+        def write(self, g, draws, g_max):
+            draws.generator("mine")
+            return g, {}
+
+    with pytest.raises(ConfigError, match="elementwise = False"):
+        program(nn.Linear(3, 2), Own(0.1), seed=0)
+
+
+def in_blocks_of_64(f, *arrays):
+    pieces = layout([next(iter(a.values())).numel() for a in arrays], 64)
+    return blockwise(f, arrays, pieces)
+
+
+def test_what_is_handed_through_is_not_copied():
+    x = torch.randn(2, 30, 5)
+    ((same, twice, nothing),) = (
+        found.values()
+        for found in in_blocks_of_64(
+            lambda of: {"a": of["x"], "b": 2 * of["x"] + of["y"], "c": None}, {"x": x, "y": x}
+        )
     )
     assert same.data_ptr() == x.data_ptr()
-    assert torch.equal(twice, 3 * x)
+    assert torch.equal(twice, 2 * x + x)
     assert nothing is None
 
 
@@ -83,7 +119,7 @@ def test_an_effect_that_looks_at_its_neighbours_is_given_the_whole(monkeypatch):
             seen.append(tuple(g.shape))
             return super().write(g, draws, g_max)
 
-    of_size(10, monkeypatch)
+    monkeypatch.setattr(blocks, "BLOCK", 64)
     program(nn.Linear(7, 5), Neighbours(), seed=0)
     assert seen == [(2, 5, 7)]
 
@@ -110,9 +146,25 @@ def test_programming_takes_at_most_nine_copies_of_the_weights():
     assert programmed - without < 9
 
 
-def test_what_is_handed_through_at_first_and_changed_later(monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK", 4)
-    x = torch.arange(10.0).view(1, 2, 5)
-    found = blockwise(lambda g: g * 0 if bool((g > 8).any()) else g, x)
-    assert found.flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 0]
-    assert torch.equal(x, torch.arange(10.0).view(1, 2, 5))
+def test_what_is_handed_through_at_first_and_changed_later():
+    x = torch.arange(100.0).view(1, 2, 50)
+    (found,) = in_blocks_of_64(
+        lambda of: {"x": of["x"] * 0 if of["x"].max() > 90 else of["x"]}, {"x": x}
+    )
+    assert found["x"].flatten().tolist() == [*range(64), *[0] * 36]
+    assert torch.equal(x, torch.arange(100.0).view(1, 2, 50))
+    (found,) = in_blocks_of_64(
+        lambda of: {"x": of["x"] * 0 if of["x"].min() < 9 else of["x"]}, {"x": x}
+    )
+    assert found["x"].flatten().tolist() == [*[0] * 64, *range(64, 100)]
+    assert torch.equal(x, torch.arange(100.0).view(1, 2, 50))
+
+
+def test_room_for_large_arrays_is_of_the_kind_that_was_asked_for():
+    for like in (torch.zeros(1), torch.zeros(1, dtype=torch.bool), torch.zeros(1).half()):
+        for shape in ((3, 5), (2, 1 << 22)):
+            room = unfilled(like, *shape)
+            assert room.shape == shape
+            assert room.dtype == like.dtype
+            room.fill_(1)
+            assert bool(room.all())

@@ -191,7 +191,9 @@ def test_captured_graphs_draw_the_same_numbers_and_freeze_none(capture):
     ids=["matrix", "bfloat16", "scalar"],
 )
 def test_the_operator_keeps_torchs_contract(like):
-    torch.library.opcheck(keyed_normal, (like, read_key(0, "a"), count(3)))
+    torch.library.opcheck(
+        torch.ops.evenkeel.keyed_normal.default, (like, read_key(0, "a"), count(3))
+    )
 
 
 @on_gpu

@@ -1,56 +1,129 @@
-"""Large arrays block by block: what is made on the way stays in a core's cache."""
+"""Devices of many arrays as one row that is worked on in blocks.
 
-from collections.abc import Callable
-from typing import Any
+What is made on the way stays in a core's cache, and small arrays share the cost of an operation.
+"""
 
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
 from torch import Tensor
-from torch.utils import _pytree
 
-BLOCK = 1 << 18
+BLOCK = 1 << 17
 """Devices that are taken at once."""
+LANES = 64
+"""Arrays begin at multiples of it: torch may round otherwise what is left over by whole vectors."""
+LARGE = 1 << 22
+"""Bytes from which numpy asks for large pages."""
+
+Named = dict[str, Tensor]
+Found = dict[str, Tensor | None]
 
 
-def sizes(number: int) -> list[int]:
-    """Of the blocks of so many devices."""
-    return [min(BLOCK, number - start) for start in range(0, number, BLOCK)]
+class Piece(NamedTuple):
+    """A part of one array in a block."""
+
+    array: int
+    start: int
+    """In the array."""
+    at: int
+    """In the block."""
+    number: int
+    """Of devices."""
 
 
-def blockwise(f: Callable[[Any], Any], given: Any) -> Any:
-    """What ``f`` makes of tensors of one shape, device by device, in any nesting.
+def layout(numbers: Sequence[int], block: int) -> list[list[Piece]]:
+    """The pieces in each block, for arrays of so many devices."""
+    blocks: list[list[Piece]] = [[]]
+    at = 0
+    for array, number in enumerate(numbers):
+        start = 0
+        while start < number or not number:
+            if at >= block:
+                blocks.append([])
+                at = 0
+            taken = min(number - start, block - at)
+            blocks[-1].append(Piece(array, start, at, taken))
+            start, at = start + taken, at + _whole(taken)
+            if not number:
+                break
+    return blocks
 
-    ``f`` sees blocks (1, 1, n), in the order in which devices lie in memory. What it gives has the
-    same shape; where it hands its first input through, nothing is copied.
+
+def size_of(pieces: Sequence[Piece]) -> int:
+    """Devices in a block, with those between the arrays."""
+    return pieces[-1].at + _whole(pieces[-1].number)
+
+
+def blockwise(
+    f: Callable[[Named], Mapping[str, Tensor | None]],
+    arrays: Sequence[Named],
+    blocks: Sequence[Sequence[Piece]],
+) -> list[Found]:
+    """What ``f`` makes of the tensors of each array, which are of one shape, device by device.
+
+    ``f`` sees tensors (1, 1, n) of those names, in which devices lie as they do in memory. What it
+    gives has the same shape; where it hands the first one through, nothing is copied.
     """
-    leaves, structure = _pytree.tree_flatten(given)
-    shape, rows = leaves[0].shape, [leaf.reshape(-1) for leaf in leaves]
-    whole: list[Any] = []
-    start = 0
-    for size in sizes(len(rows[0])):
-        block = [row[start : start + size].view(1, 1, -1) for row in rows]
-        parts, out = _pytree.tree_flatten(f(_pytree.tree_unflatten(block, structure)))
-        if not whole:
-            whole = [_room(part, block[0], rows[0]) for part in parts]
-        for k, part in enumerate(parts):
-            whole[k] = _kept(whole[k], part, block[0], rows[0], start)
-        start += size
-    return _pytree.tree_unflatten(
-        [room if room is None else room.view(shape) for room in whole], out
-    )
+    shapes = [next(iter(named.values())).shape for named in arrays]
+    rows = [{name: value.reshape(-1) for name, value in named.items()} for named in arrays]
+    found: list[Found] = [{} for _ in arrays]
+    for pieces in blocks:
+        block = {name: _gathered([row[name] for row in rows], pieces) for name in rows[0]}
+        first = next(iter(block))
+        for name, part in f(block).items():
+            for piece in pieces:
+                into, row = found[piece.array], rows[piece.array][first]
+                if part is None:
+                    into[name] = None
+                elif part.data_ptr() != block[first].data_ptr():
+                    values = part.view(-1)[piece.at : piece.at + piece.number]
+                    into[name] = _filled(into.get(name), values, row, piece.start)
+                elif into.setdefault(name, row) is not row:
+                    span = slice(piece.start, piece.start + piece.number)
+                    into[name][span] = row[span]  # type: ignore[index]
+    return [
+        {name: None if value is None else value.view(shape) for name, value in named.items()}
+        for named, shape in zip(found, shapes, strict=True)
+    ]
 
 
-def _kept(room: Any, part: Any, block: Tensor, row: Tensor, start: int) -> Any:
-    """The room with the part in it; one that was handed through so far is copied at need."""
-    if part is None and room is None:
-        return None
-    if room is row:
-        if part.data_ptr() == block.data_ptr():
-            return row
+def _gathered(rows: list[Tensor], pieces: Sequence[Piece]) -> Tensor:
+    """The pieces side by side; one that fills a block as it is.
+
+    Between them lies what is as good as any other device: the last of a piece again.
+    """
+    size, (whose, begin, _, number) = size_of(pieces), pieces[0]
+    if number == size:
+        return rows[whose][begin : begin + size].view(1, 1, -1)
+    block = rows[whose].new_empty(size)
+    for array, start, at, number in pieces:
+        end, whole = start + number, _whole(number)
+        block[at : at + number] = rows[array][start:end]
+        if whole > number:
+            block[at + number : at + whole] = rows[array][end - 1]
+    return block.view(1, 1, -1)
+
+
+def _filled(room: Tensor | None, values: Tensor, row: Tensor, start: int) -> Tensor:
+    """The room with the values in it; a row that was handed through so far is left alone."""
+    if room is None:
+        room = unfilled(values, len(row))
+    elif room is row:
         room = row.clone()
-    room[start : start + part.numel()] = part.view(-1)
+    room[start : start + len(values)] = values
     return room
 
 
-def _room(part: Tensor | None, block: Tensor, row: Tensor) -> Tensor | None:
-    if part is None or part.data_ptr() == block.data_ptr():
-        return None if part is None else row
-    return part.new_empty(len(row))
+def unfilled(like: Tensor, *shape: int) -> Tensor:
+    """Room for numbers like these. Large ones lie on large pages, which cost a fifth to touch."""
+    number = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or number < LARGE:
+        return like.new_empty(shape)
+    return torch.from_numpy(np.empty(number, np.uint8)).view(like.dtype).view(shape)
+
+
+def _whole(number: int) -> int:
+    return -(-number // LANES) * LANES

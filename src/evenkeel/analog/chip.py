@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from evenkeel.analog.device import Device
-from evenkeel.analog.layer import AnalogLayer
+from evenkeel.analog.layer import AnalogLayer, derive_
 
 
 class Chip(nn.Module):
@@ -50,9 +50,11 @@ class Chip(nn.Module):
 
         Each device is on one trajectory, so the way does not matter: 1 h and then 1 d is 1 d.
         """
-        self.device.require_age(seconds)  # of all arrays or of none
-        for _, array in self.arrays():
-            array.age_(seconds)
+        self.device.require_age(seconds)
+        arrays = [array for _, array in self.arrays()]
+        for array in arrays:
+            array.age.fill_(seconds)
+        derive_(arrays)
         return self
 
     def rewind_(self, stream: str = "") -> "Chip":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from evenkeel.analog.chip import Chip
+from evenkeel.analog.layer import write_
 
 Held = dict[str, Tensor | None]
 
@@ -45,8 +46,7 @@ class Chips:
         arrays = [array for _, array in first.arrays()]
         for seed in self.seeds:
             if seed > first.seed:
-                for array in arrays:
-                    array.write_(seed)
+                write_(arrays, seed)
             self._held.append([dict(array._buffers) for array in arrays])
         for array in arrays:
             array.target = None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from evenkeel.analog.blocks import BLOCK, blockwise, sizes
+from evenkeel.analog.blocks import unfilled
 from evenkeel.draws import Draws
 from evenkeel.errors import ConfigError
 
@@ -55,7 +55,7 @@ class DeviceModel:
     oldest_s: ClassVar[float] = math.inf
     """Age in s up to which it is known what happens."""
     elementwise: ClassVar[bool] = False
-    """Whether what lies beside a device does not matter; large arrays then go in blocks."""
+    """Whether what lies beside a device does not matter: all arrays then go together, in blocks."""
 
     def write(self, g: Tensor, draws: Draws, g_max: float) -> tuple[Tensor, State]:
         """Conductances after programming the targets ``g``, and what decides their later life."""
@@ -229,31 +229,25 @@ class Device:
         With slices there are as many times more outputs.
         """
         w = matrix.detach().float()
-        w_max = (
-            w.abs().amax(dim=1, keepdim=True)
-            if self.scale_per == "column"
-            else w.abs().max().view(1, 1)
-        )
+        axes = 1 if self.scale_per == "column" else (0, 1)
+        w_max = torch.maximum(w.amax(axes, keepdim=True), -w.amin(axes, keepdim=True))
         span = self.g_max - self.g_min
-        above = w / torch.where(w_max > 0, w_max, torch.ones_like(w_max))
-        if self.slices is not None:
-            above = self.slices.digits(above.abs()) * above.sign().repeat(self.slices.number, 1)
-        above.mul_(span)
         unit = w_max / span  # 0 for an array of zeros, which then stays at zero
-        target = above.new_empty(2, *above.shape)
-        torch.clamp_min(above, 0, out=target[0])
-        torch.clamp_min(above.neg_(), 0, out=target[1])
+        top = w_max + (w_max == 0)
+        if self.slices is not None:
+            above = w / top
+            above = self.slices.digits(above.abs()) * above.sign().repeat(self.slices.number, 1)
+            target = unfilled(w, 2, *above.shape)
+            torch.mul(above, span, out=target[0])
+        else:
+            target = unfilled(w, 2, *w.shape)
+            torch.div(w, top, out=target[0]).mul_(span)
+        torch.neg(target[0], out=target[1])
+        target.clamp_min_(0)
         return target.add_(self.g_min) if self.g_min else target, unit
 
     def write(self, target: Tensor, draws: Draws) -> tuple[Tensor, list[State]]:
         """Conductances after programming, and each effect's state."""
-        if not self._in_blocks(target):
-            return self._write(target, draws)
-        with draws.in_turn(sizes(target.numel())) as turns:
-            written: tuple[Tensor, list[State]] = blockwise(lambda g: self._write(g, turns), target)
-        return written
-
-    def _write(self, target: Tensor, draws: Draws) -> tuple[Tensor, list[State]]:
         g, states = target, []
         for model in self.models:
             g, state = model.write(g, draws, self.g_max)
@@ -262,39 +256,23 @@ class Device:
 
     def drift(self, programmed: Tensor, states: list[State], age_s: float) -> Tensor:
         """Conductances at an age."""
-
-        def drifted(of: tuple[Tensor, list[State]]) -> Tensor:
-            g, states = of
-            for model, state in zip(self.models, states, strict=True):
-                g = model.drift(g, state, age_s)
-            return g
-
-        of = programmed, states
-        g: Tensor = blockwise(drifted, of) if self._in_blocks(programmed) else drifted(of)
+        g = programmed
+        for model, state in zip(self.models, states, strict=True):
+            g = model.drift(g, state, age_s)
         return g
 
     def read_std(
         self, g: Tensor, programmed: Tensor, states: list[State], age_s: float
     ) -> Tensor | None:
         """Deviation of one read: the effects' read noises are independent."""
-
-        def read(of: tuple[Tensor, Tensor, list[State]]) -> Tensor | None:
-            g, programmed, states = of
-            stds = [
-                std
-                for model, state in zip(self.models, states, strict=True)
-                if (std := model.read_std(g, programmed, state, age_s)) is not None
-            ]
-            if len(stds) < 2:
-                return stds[0] if stds else None
-            return torch.stack(stds).square().sum(0).sqrt()
-
-        of = g, programmed, states
-        std: Tensor | None = blockwise(read, of) if self._in_blocks(g) else read(of)
-        return std
-
-    def _in_blocks(self, g: Tensor) -> bool:
-        return g.numel() > BLOCK and all(m.elementwise for m in self.models)
+        stds = [
+            std
+            for model, state in zip(self.models, states, strict=True)
+            if (std := model.read_std(g, programmed, state, age_s)) is not None
+        ]
+        if len(stds) < 2:
+            return stds[0] if stds else None
+        return torch.stack(stds).square().sum(0).sqrt()
 
 
 def as_device(device: "Device | DeviceModel") -> Device:

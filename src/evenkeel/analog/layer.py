@@ -2,16 +2,17 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from evenkeel.analog.blocks import Named
 from evenkeel.analog.device import Device, State
 from evenkeel.analog.periphery import through
-from evenkeel.analog.reads import read_moments
+from evenkeel.analog.together import at_age, states_of, written
 from evenkeel.draws import Draws, keyed_normal, read_key
 from evenkeel.errors import ConfigError
 from evenkeel.layers import (
@@ -38,9 +39,8 @@ class AnalogLayer(nn.Module):
         layer: the digital layer; it is copied, and the copy loses its weight.
         weights: how this kind of layer shows its weights.
         device: what happens to the conductances.
-        seed: the chip's seed.
         path: the layer's path in its network; with the seed it decides every draw.
-        keep_target: for :meth:`write_` to be called again.
+        keep_target: for :func:`write_` to be called again.
     """
 
     programmed: Tensor
@@ -64,7 +64,6 @@ class AnalogLayer(nn.Module):
         layer: nn.Module,
         weights: WeightLayer,
         device: Device,
-        seed: int,
         path: str,
         *,
         keep_target: bool = False,
@@ -75,13 +74,13 @@ class AnalogLayer(nn.Module):
         if parametrize.is_parametrized(layer):
             layer = copy.deepcopy(layer).eval()  # in training, reading may change it
         matrix = weights.matrix(layer)
-        if not bool(torch.isfinite(matrix).all()):
+        self.target, unit = device.convert(matrix)  # (2, outputs, inputs), (outputs or 1, 1)
+        if not bool(torch.isfinite(unit).all()):
             raise ConfigError(
                 f"The weights of '{path}' must be finite to be programmed; they hold NaN or "
                 "infinity. Check the checkpoint this network was loaded from."
             )
         self.outputs = len(matrix)
-        self.target, unit = device.convert(matrix)  # (2, outputs, inputs), (outputs or 1, 1)
         self.layer = _without_weight(layer)
         for hooks in FORWARD_HOOKS:  # they belong to the call, and that is now this module's
             vars(self)[hooks] = vars(self.layer)[hooks]
@@ -99,57 +98,40 @@ class AnalogLayer(nn.Module):
             self.register_buffer("ranges", torch.zeros(2))
         self._buffers.update(dict.fromkeys(DERIVED))
         self._non_persistent_buffers_set.update(DERIVED)
-        self.write_(seed)
-        self._derive()
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def write_(self, seed: int) -> None:
-        """Program the target onto the devices of a chip; :meth:`age_` then makes it ready."""
-        assert self.target is not None
-        self.seed, target = seed, self.target
-        if not self.keep_target:
-            self.target = None  # of a large array it is worth it
-        programmed, states = self.device.write(target, Draws(seed, self.path))
-        del target
-        self._buffers.update(
-            programmed=programmed,
-            compensation=self.unit.new_ones(self.outputs, 1),
-            age=torch.zeros((), dtype=torch.float64),
-            read_key=read_key(seed, self.path, "read", ""),
-            reads=torch.zeros((), dtype=torch.int64),
-        )
-        self._state_names = [sorted(state) for state in states]
-        for i, state in enumerate(states):
-            for name, value in state.items():
-                self.register_buffer(f"state_{i}_{name}", value)
 
     @property
     def states(self) -> list[State]:
         """What the device's effects keep for each conductance."""
-        return [
-            {name: getattr(self, f"state_{i}_{name}") for name in names}
-            for i, names in enumerate(self._state_names)
-        ]
+        return states_of(self.devices, len(self.device.models))
 
-    @torch.inference_mode(False)  # what is kept must also serve outside of it
-    @torch.no_grad()
-    def _derive(self) -> None:
-        age_s = float(self.age)
-        states = self.states
-        self._buffers.update(dict.fromkeys(DERIVED))  # makes room
-        conductance = self.device.drift(self.programmed, states, age_s)
-        self._read_std = self.device.read_std(conductance, self.programmed, states, age_s)
-        around = self.device.periphery
-        if self._read_std is not None and (around is None or around.reads == "shared"):
-            self._conductance = conductance
-        elif around is None:
-            self._matrix = self._weights_of(conductance)
-        elif self._read_std is None:
-            self._matrix = conductance[0] - conductance[1]
+    @property
+    def devices(self) -> Named:
+        """What programming left behind, by the names of the buffers."""
+        states = {k: v for k, v in self._buffers.items() if v is not None and k[:6] == "state_"}
+        return {"programmed": self.programmed, **states}
+
+    def _begin(self, seed: int, written: Named) -> None:
+        """Be the array of a chip on which that has been written; it then has to be read."""
+        self.seed = seed
+        if not self.keep_target:
+            self.target = None  # of a large array it is worth it
+        self._buffers.update(
+            compensation=self.unit.new_ones(self.outputs, 1),
+            age=torch.zeros((), dtype=torch.float64),
+            read_key=read_key(seed, self.path, "read", ""),
+            reads=torch.zeros((), dtype=torch.int64),
+            **written,
+        )
+
+    def _settle(self, mean: Tensor, spread: Tensor | None) -> None:
+        """Keep what a forward pass needs of the devices as they are now."""
+        if spread is not None and not _own_reads(self.device):
+            self._buffers.update(_conductance=mean, _read_std=spread)
+        elif self.device.periphery is None:
+            self._matrix = self._weights_of(mean)
         else:
-            mean, variance = read_moments(conductance, self._read_std)
-            self._matrix, self._variance = mean[0] - mean[1], variance.sum(0)
+            self._matrix = mean[0] - mean[1]
+            self._variance = None if spread is None else spread.sum(0)
 
     def _weights_of(self, conductance: Tensor) -> Tensor:
         # The compensation belongs to the digital output; on the matrix it is the same and cheaper.
@@ -179,7 +161,7 @@ class AnalogLayer(nn.Module):
         assert self._conductance is not None
         assert self._read_std is not None
         noise = keyed_normal(self._conductance, self.read_key, self.reads)
-        self.reads += 1
+        self.reads.add_(1)
         return torch.addcmul(self._conductance, self._read_std, noise).clamp_min_(0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -209,7 +191,7 @@ class AnalogLayer(nn.Module):
         """Set the time since programming, in seconds."""
         self.device.require_age(seconds)
         self.age.fill_(seconds)
-        self._derive()
+        derive_([self])
 
     def rewind_(self, stream: str) -> None:
         """Start the read noise anew, at the beginning of the stream of that name."""
@@ -224,7 +206,7 @@ class AnalogLayer(nn.Module):
     def compensate_(self, factor: Tensor) -> None:
         """Multiply the digital output by ``factor``, (outputs or 1, 1), in place of any before."""
         self.compensation.copy_(factor)
-        self._derive()
+        derive_([self])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AnalogLayer":
         # A chip moved to half precision keeps its physics in float32: only the device may change.
@@ -237,12 +219,39 @@ class AnalogLayer(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.has_ranges = self.device.periphery is not None and bool(self.ranges.any())
-        self._derive()
+        derive_([self])
 
     def extra_repr(self) -> str:
         """Array size, device and age."""
         outputs, inputs = self.programmed.shape[1:]
         return f"{outputs}x{inputs} pairs, {self.device.name}, age={float(self.age):g} s"
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def write_(arrays: Sequence[AnalogLayer], seed: int) -> None:
+    """Program the targets of one chip's arrays onto its devices; :func:`derive_` makes it ready."""
+    targets = [cast(Tensor, array.target) for array in arrays]
+    draws = [Draws(seed, array.path) for array in arrays]
+    for array, left in zip(arrays, written(arrays[0].device, targets, draws), strict=True):
+        array._begin(seed, left)
+
+
+@torch.inference_mode(False)  # what is kept must also serve outside of it
+@torch.no_grad()
+def derive_(arrays: Sequence[AnalogLayer]) -> None:
+    """Make the arrays of one chip ready to be read at their age."""
+    for array in arrays:
+        array._buffers.update(dict.fromkeys(DERIVED))  # makes room
+    device, age_s = arrays[0].device, float(arrays[0].age)
+    devices = [array.devices for array in arrays]
+    now = at_age(device, devices, age_s, moments=_own_reads(device))
+    for array, found in zip(arrays, now, strict=True):
+        array._settle(cast(Tensor, found["mean"]), found["spread"])
+
+
+def _own_reads(device: Device) -> bool:
+    return device.periphery is not None and device.periphery.reads == "each"
 
 
 def _without_bias(layer: nn.Module) -> nn.Module:

@@ -45,6 +45,8 @@ class PhaseChange(DeviceModel):
                     f"{getattr(self, name)!r}."
                 )
 
+    # The laws give tensors of their own, in which it is calculated on.
+
     def deviation(self, x: Tensor) -> Tensor:
         """Of programming, in µS, at a share of the range from 0 to 1."""
         raise NotImplementedError
@@ -59,32 +61,33 @@ class PhaseChange(DeviceModel):
 
     def write(self, g: Tensor, draws: Draws, g_max: float) -> tuple[Tensor, State]:
         """Programming noise, and a drift exponent for each device."""
-        x = (g / self.g_max).clamp(0, 1)  # the laws' range; an effect before may have left it
+        x = (g / self.g_max).clamp_(0, 1)  # the laws' range; an effect before may have left it
         shape = tuple(g.shape)
         programmed = g
         if self.programming:
-            xi = draws.normal("programming", shape, device=g.device)
-            programmed = (g + self.programming * self.deviation(x) * xi).clamp_min(0)
+            noise = self.deviation(x).mul_(self.programming)
+            noise.mul_(draws.normal("programming", shape, device=g.device))
+            programmed = noise.add_(g).clamp_min_(0)
         if not self.drifting:
             return programmed, {}
         mean, std = self.exponent(x)
-        nu = (mean + std * draws.normal("drift exponent", shape, device=g.device)).abs()
-        return programmed, {"nu": nu.mul_(self.drifting)}
+        std.mul_(draws.normal("drift exponent", shape, device=g.device))
+        return programmed, {"nu": std.add_(mean).abs_().mul_(self.drifting)}
 
     def drift(self, g: Tensor, state: State, age_s: float) -> Tensor:
         """One trajectory for each device: the age alone decides the point on it."""
         if "nu" not in state or age_s == 0:
             return g
-        return g * (state["nu"] * -math.log((age_s + self.t0_s) / self.t0_s)).exp()
+        return (state["nu"] * -math.log((age_s + self.t0_s) / self.t0_s)).exp_().mul_(g)
 
     def read_std(self, g: Tensor, programmed: Tensor, state: State, age_s: float) -> Tensor | None:
         """1/f noise integrated from one read's duration to the device's age."""
         if not self.reading:
             return None
-        q = self.noise((programmed / self.g_max).clamp_min(0))
+        q = self.noise((programmed / self.g_max).clamp_min_(0))
         age = age_s + self.t0_s
         root_log = math.sqrt(math.log((age + self.t_read_s) / (2 * self.t_read_s)))
-        return g.clamp_min(0) * q * (self.reading * root_log)
+        return q.mul_(g.clamp_min(0)).mul_(self.reading * root_log)
 
 
 @dataclass(frozen=True)
@@ -132,17 +135,18 @@ class PCM(PhaseChange):
 
     def deviation(self, x: Tensor) -> Tensor:
         """A parabola, in proportion to the range."""
-        return (0.26348 + 1.9650 * x - 1.1731 * x.square()) * (self.g_max / 25)
+        parabola = (1.9650 * x).add_(0.26348).sub_(x.square().mul_(1.1731))
+        return parabola.mul_(self.g_max / 25)
 
     def exponent(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Straight in the logarithm, between clips."""
-        log_x = x.clamp_min(TINY).log()
-        mean = (0.0244 - 0.0155 * log_x).clamp(0.049, 0.1)
-        return mean, (-0.0059 - 0.0125 * log_x).clamp(0.008, 0.045)
+        log_x = x.clamp_min(TINY).log_()
+        mean = (-0.0155 * log_x).add_(0.0244).clamp_(0.049, 0.1)
+        return mean, log_x.mul_(-0.0125).sub_(0.0059).clamp_(0.008, 0.045)
 
     def noise(self, x: Tensor) -> Tensor:
         """A power, clipped."""
-        return (0.0088 / x.clamp_min(TINY).pow(0.65)).clamp_max(0.2)
+        return x.clamp_min(TINY).pow_(0.65).reciprocal_().mul_(0.0088).clamp_max_(0.2)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from evenkeel.analog.chip import Chip
 from evenkeel.analog.chips import Chips
 from evenkeel.analog.device import Device, DeviceModel, as_device
-from evenkeel.analog.layer import AnalogLayer
+from evenkeel.analog.layer import AnalogLayer, derive_, write_
 from evenkeel.errors import ConfigError
 from evenkeel.layers import (
     chosen_paths,
@@ -88,7 +88,7 @@ def program(
     if chips is not None and chips < 1:
         raise ConfigError(f"chips must be 1 or more; got {chips!r}.")
     array_of = functools.partial(
-        AnalogLayer, device=as_device(device), seed=operator.index(seed), keep_target=bool(chips)
+        AnalogLayer, device=as_device(device), keep_target=chips is not None
     )
     chosen = _choice(model, layers)
     digital: dict[str, str] = {}
@@ -113,7 +113,8 @@ def program(
             arrays[id(module)] = array_of(module, weights, path=name)
         elif reason := _why_digital(module, known=weights is not None):
             digital[name] = reason
-    if not any(isinstance(m, AnalogLayer) for whole in arrays.values() for m in whole.modules()):
+    programmed = [m for one in arrays.values() for m in one.modules() if isinstance(m, AnalogLayer)]
+    if not programmed:
         held = (
             "; ".join(f"'{path}': {why}" for path, why in digital.items()) or "no layer has weights"
         )
@@ -122,6 +123,8 @@ def program(
             f"({held}). Linear, convolutional, attention and recurrent layers can be programmed; "
             f"make other kinds known with evenkeel.layers.register_weight_layer."
         )
+    write_(programmed, operator.index(seed))
+    derive_(programmed)
     made = _copy_with(model, arrays)
     chip = Chip(made, as_device(device), operator.index(seed), digital).eval()
     return chip if chips is None else Chips(chip, chips)
@@ -178,12 +181,12 @@ def _why_digital(module: nn.Module, *, known: bool) -> str | None:
 
 
 def _copy_with(model: nn.Module, arrays: dict[int, nn.Module]) -> nn.Module:
-    """A copy of the network in eval mode in which arrays stand where their layers stood.
+    """A copy of the network in which arrays stand where their layers stood.
 
     The copy is made with the replacements as already copied, so that every reference to a layer,
     shared ones too, leads to its array, and no digital weight is copied only to be dropped.
     """
-    made = deepcopied(model, dict(arrays)).eval()
+    made = deepcopied(model, dict(arrays))
     for module in made.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # for that torch computes past the layers

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from evenkeel.bench.timing import compare
 
 AGE_S = 3600.0
 BATCHES = (10, 100)
+LARGE = (2500, 4000)
+"""Outputs and inputs."""
 EIGHT = {"dac": Converter(8), "adc": Converter(8), "rows": 512}
 DEVICES = {
     "PCM": Device(PCM()),
@@ -21,6 +24,9 @@ DEVICES = {
     "reads of their own": Device(PCM(), periphery=Periphery(reads="each")),
     "IR drop": Device(PCM(), periphery=Periphery(wire_ohm=0.35)),
 }
+
+
+Ways = dict[str, Callable[[], object]]
 
 
 def network() -> nn.Sequential:
@@ -35,6 +41,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).eval()
 
 
+@torch.no_grad()
 def bench(
     *,
     rounds: int = 9,
@@ -42,22 +49,36 @@ def bench(
 ) -> list[dict[str, Any]]:
     """A row of figures for every batch and way: program, age one hour, one forward pass."""
     rows: list[dict[str, Any]] = []
-    for done, batch in enumerate(BATCHES):
-        progress(done, len(BATCHES))
-        rows += _rows(batch, rounds)
-    progress(len(BATCHES), len(BATCHES))
+    for done, batch in enumerate((*BATCHES, None)):
+        progress(done, len(BATCHES) + 1)
+        ways = _large() if batch is None else _small(batch)
+        timings = compare(list(ways.values()), rounds)
+        rows += [
+            {"batch": batch, "way": name, **timing.to_dict()}
+            for name, timing in zip(ways, timings, strict=True)
+        ]
+    progress(len(BATCHES) + 1, len(BATCHES) + 1)
     return rows
 
 
-@torch.no_grad()
-def _rows(batch: int, rounds: int) -> list[dict[str, Any]]:
+def _large() -> Ways:
+    """A chip of many weights, against random numbers for as many."""
+    net, seeds = nn.Linear(LARGE[1], LARGE[0], bias=False), itertools.count()
+    number = f"{math.prod(LARGE):,}"
+    return {
+        f"randn of {number}": lambda: torch.randn(LARGE),
+        f"program and age {number}": lambda: program(net, PCM(), seed=next(seeds)).age_(AGE_S),
+    }
+
+
+def _small(batch: int) -> Ways:
     net, x = network(), torch.randn(batch, 3, 32, 32)
     seeds = itertools.count()
 
     def new(device: Device) -> object:
         return program(net, device, seed=next(seeds)).age_(AGE_S)(x)
 
-    ways: dict[str, Callable[[], object]] = {"plain torch": lambda: net(x)}
+    ways: Ways = {"plain torch": lambda: net(x)}
     ways |= {f"new chip, {name}": functools.partial(new, d) for name, d in DEVICES.items()}
     ways |= {
         f"forward, {name}": functools.partial(program(net, d, seed=0).age_(AGE_S), x)
@@ -69,15 +90,7 @@ def _rows(batch: int, rounds: int) -> list[dict[str, Any]]:
     ).age_(AGE_S)(x)
     if importlib.util.find_spec("aihwkit") is not None:
         ways |= dict(_aihwkit(net, x))
-    timings = compare(list(ways.values()), rounds)
-    return [
-        {
-            "batch": batch,
-            "way": name,
-            **timing.to_dict(),
-        }
-        for name, timing in zip(ways, timings, strict=True)
-    ]
+    return ways
 
 
 def _aihwkit(net: nn.Module, x: torch.Tensor) -> Iterator[tuple[str, Callable[[], object]]]:

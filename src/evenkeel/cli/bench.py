@@ -27,7 +27,7 @@ TIMES: Columns = {
 }
 COLUMNS: dict[What, Columns] = {
     "analog": {
-        "batch": lambda row: str(row["batch"]),
+        "batch": lambda row: str(row["batch"] or ""),
         "way": lambda row: row["way"],
         **TIMES,
     },
@@ -55,7 +55,8 @@ COLUMNS: dict[What, Columns] = {
     },
 }
 NOTES: dict[What, str] = {
-    "analog": "New chip: program, age 1 h, forward; ratio: to plain torch in the same round.",
+    "analog": "New chip: program, age 1 h, forward; ratio: to the first of its batch in the same "
+    "round.",
     "norm": "ratio: to batch norm in the same round; kept: activations kept for backward.",
     "memory": "Top 5 of 100 queries, 512 bits a vector; ratio: to faiss in the same round.",
     "quaternion": "Batch 8, 32 x 32; ratio: to the kernel that is assembled at each forward.",

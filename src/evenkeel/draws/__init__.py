@@ -1,6 +1,7 @@
 """Keyed random draws: the same key gives the same numbers, in any order, on any device."""
 
 from evenkeel.draws.keyed import Draws as Draws
+from evenkeel.draws.keyed import InTurn as InTurn
 from evenkeel.draws.reads import keyed_noise as keyed_noise
 from evenkeel.draws.reads import keyed_normal as keyed_normal
 from evenkeel.draws.reads import read_key as read_key

@@ -9,17 +9,19 @@ do: it keeps 32 bits of its seed, so that among the 10^5 keys of a usual audit t
 than not share their numbers.
 """
 
-import contextlib
 import hashlib
 import json
 import operator
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from evenkeel.errors import ConfigError
+
+Block = tuple[int, Sequence[tuple[int, int, int]]]
 
 
 def digest(*key: str | int) -> int:
@@ -28,7 +30,7 @@ def digest(*key: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Draws:
     """The random numbers of one part of one chip.
 
@@ -66,42 +68,54 @@ class Draws:
         values = self.generator(component).random(shape, dtype=np.float32)
         return torch.from_numpy(values).to(device)
 
-    @contextlib.contextmanager
-    def in_turn(self, sizes: Sequence[int]) -> "Iterator[Draws]":
-        """The same numbers in blocks of these sizes, one after the other; a thread draws ahead."""
-        with ThreadPoolExecutor(1, "draws") as pool:
-            yield _InTurn(self.seed, self.name, pool, tuple(sizes), {})
 
+class InTurn(Draws):
+    """The numbers of many parts in blocks, of which each call for a component gives the next.
 
-@dataclass(frozen=True, slots=True)
-class _InTurn(Draws):
-    """Each call for a component gives its next block."""
+    They are those that each part gives alone, from its first on.
 
-    pool: ThreadPoolExecutor
-    sizes: tuple[int, ...]
-    streams: "dict[tuple[str, str], Iterator[np.ndarray]]"
+    Args:
+        parts: whose numbers.
+        blocks: of each its size, and what lies in it: a part's index, where, and how many of its
+            next numbers. Between them are zeros.
+    """
+
+    __slots__ = ("blocks", "parts", "streams")
+
+    def __init__(self, parts: Sequence[Draws], blocks: Sequence[Block]) -> None:
+        self.parts, self.blocks = parts, blocks
+        self.streams: dict[tuple[str, str], Iterator[Tensor]] = {}
+
+    def generator(self, component: str) -> "np.random.Generator":
+        """None: it would begin anew with each block."""
+        raise ConfigError(
+            f"An elementwise effect draws with draws.normal and draws.uniform; got a call of "
+            f"draws.generator({component!r}). Use those, or set elementwise = False."
+        )
 
     def normal(
         self, component: str, shape: tuple[int, ...], *, device: torch.device | None = None
     ) -> Tensor:
         """The next standard normal numbers."""
-        return self._next("standard_normal", component, shape).to(device)
+        return self._next("standard_normal", component).view(shape).to(device)
 
     def uniform(
         self, component: str, shape: tuple[int, ...], *, device: torch.device | None = None
     ) -> Tensor:
         """The next uniform numbers."""
-        return self._next("random", component, shape).to(device)
+        return self._next("random", component).view(shape).to(device)
 
-    def _next(self, law: str, component: str, shape: tuple[int, ...]) -> Tensor:
+    def _next(self, law: str, component: str) -> Tensor:
         if (law, component) not in self.streams:
-            self.streams[law, component] = self._ahead(law, component)
-        return torch.from_numpy(next(self.streams[law, component])).view(shape)
+            self.streams[law, component] = self._stream(law, component)
+        return next(self.streams[law, component])
 
-    def _ahead(self, law: str, component: str) -> "Iterator[np.ndarray]":
-        draw = getattr(self.generator(component), law)
-        coming = self.pool.submit(draw, self.sizes[0], np.float32)
-        for size in self.sizes[1:]:
-            block, coming = coming.result(), self.pool.submit(draw, size, np.float32)
-            yield block
-        yield coming.result()
+    def _stream(self, law: str, component: str) -> "Iterator[Tensor]":
+        draw: dict[int, Callable[..., object]] = {}  # each part's law, while its numbers last
+        for size, pieces in self.blocks:
+            values = np.zeros(size, np.float32)
+            for part, at, number in pieces:
+                if part not in draw:
+                    draw = {part: getattr(self.parts[part].generator(component), law)}
+                draw[part](out=values[at : at + number], dtype=np.float32)
+            yield torch.from_numpy(values)

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from evenkeel.analog.device import Device, State
-from evenkeel.analog.reads import read_moments
+from evenkeel.analog.blocks import Named
+from evenkeel.analog.device import Device
+from evenkeel.analog.together import at_age, written
 from evenkeel.draws import Draws, keyed_normal, read_key
 from evenkeel.errors import ConfigError
 from evenkeel.layers import restore_precision
@@ -51,7 +52,6 @@ class Columns(nn.Module):
             )
         self.device = device
         self.seed = seed
-        self.register_buffer("programmed", torch.zeros(1 + pairs, 0, rows))
         self.register_buffer("unit", torch.zeros(0))
         self.register_buffer("compensation", torch.zeros(0))
         self.register_buffer("written_at", torch.zeros(0, dtype=torch.float64))
@@ -67,14 +67,14 @@ class Columns(nn.Module):
         self.register_buffer("_variance", None, persistent=False)
         # Two columns that are thrown away tell what the device's effects keep.
         shape = (1 + pairs, 2, rows)
-        _, states = device.write(torch.full(shape, device.g_min), Draws(seed, NAME))
-        self._state_names = [sorted(state) for state in states]
-        for name, value in self._flat(states).items():
-            if value.shape != shape:
+        (kept,) = written(device, [torch.full(shape, device.g_min)], [Draws(seed, NAME)])
+        self._kept = list(kept)
+        for name, value in kept.items():
+            if value is None or value.shape != shape:
                 raise ConfigError(
                     f"A memory grows column by column, so {device.name} must keep its state in "
                     f"tensors of the conductances' shape, {shape}; "
-                    f"'{name}' has {tuple(value.shape)}."
+                    f"'{name}' has {None if value is None else tuple(value.shape)}."
                 )
             self.register_buffer(name, value[:, :0])
         self._derive()
@@ -93,15 +93,14 @@ class Columns(nn.Module):
             unit: what a product is multiplied by for each µS, (new,).
         """
         draws = Draws(self.seed, f"{NAME} write {int(self.writes)}")
-        programmed, states = self.device.write(target, draws)
-        mean, variance, total = self._reads(programmed, states, 0.0)
-        new = {
-            "programmed": programmed,
+        (kept,) = written(self.device, [target], [draws])
+        mean, variance, total = self._reads(kept, 0.0)
+        new: Named = {
+            **kept,
             "unit": unit,
             "compensation": torch.ones_like(unit),
             "written_at": self.clock.expand(len(unit)),
             "fresh": total,
-            **self._flat(states),
         }
         derived = {"_mean": mean, "_variance": variance, "_total": total}
         alike = (variance is None) == (self._variance is None)
@@ -174,12 +173,12 @@ class Columns(nn.Module):
         times = self.written_at.unique().tolist()
         if len(times) < 2:
             age_s = float(self.clock) - (times or [0.0])[0]
-            everything = self._reads(self.programmed, self._states(slice(None)), age_s)
+            everything = self._reads(self._devices(slice(None)), age_s)
             self._mean, self._variance, self._total = everything
             return
         groups = [(self.written_at == time).nonzero().flatten() for time in times]
         parts = [
-            self._reads(self.programmed[:, rows], self._states(rows), float(self.clock) - time)
+            self._reads(self._devices(rows), float(self.clock) - time)
             for rows, time in zip(groups, times, strict=True)
         ]
         back = torch.cat(groups).argsort()
@@ -189,37 +188,21 @@ class Columns(nn.Module):
         exact = all(variance is None for _, variance, _ in parts)
         self._variance = None if exact else torch.cat(noisy)[back]
 
-    def _states(self, rows: Any) -> list[State]:
-        return [
-            {name: getattr(self, f"state_{i}_{name}")[:, rows] for name in names}
-            for i, names in enumerate(self._state_names)
-        ]
+    def _devices(self, rows: Any) -> Named:
+        return {name: getattr(self, name)[:, rows] for name in self._kept}
 
-    def _reads(
-        self, programmed: Tensor, states: list[State], age_s: float
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _reads(self, devices: Named, age_s: float) -> tuple[Tensor, Tensor | None, Tensor]:
         """Of columns of one age: mean and variance of a read of each component, and of all at once.
 
         The variance is None where reads are exact.
         """
-        mean = self.device.drift(programmed, states, age_s)
-        std = self.device.read_std(mean, programmed, states, age_s)
-        variance = None
-        if std is not None:
-            mean, variance = read_moments(mean, std)
+        (now,) = at_age(self.device, [devices], age_s, moments=True)
+        mean, variance = cast(Tensor, now["mean"]), now["spread"]
         all_mean = mean.sum((0, 2))
         all_variance = torch.zeros_like(all_mean) if variance is None else variance.sum((0, 2))
         total = torch.stack([all_mean, all_variance], 1)
         mean = mean[0] if len(mean) == 1 else mean[0] - mean[1]
         return mean, None if variance is None else variance.sum(0), total
-
-    @staticmethod
-    def _flat(states: list[State]) -> State:
-        return {
-            f"state_{i}_{name}": value
-            for i, state in enumerate(states)
-            for name, value in state.items()
-        }
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Columns":
         # Moved to half precision it keeps its physics in float32: only the device may change.

@@ -1,0 +1,89 @@
+"""What happens to many arrays of a device at once: programming, and a read at some age."""
+
+from collections.abc import Sequence
+from typing import cast
+
+from torch import Tensor
+
+from evenkeel.analog import blocks
+from evenkeel.analog.blocks import Found, Named, blockwise, layout, size_of
+from evenkeel.analog.device import Device, State
+from evenkeel.analog.reads import read_moments
+from evenkeel.draws import Draws, InTurn
+
+ON_ACCELERATOR = 1 << 22
+"""Devices that are taken at once where each operation has to be launched."""
+
+
+def written(device: Device, targets: Sequence[Tensor], draws: Sequence[Draws]) -> list[Named]:
+    """Of each array what is left after programming: ``programmed``, and ``state_{effect}_{name}``.
+
+    Args:
+        device: what happens.
+        targets: conductances in µS, (2, outputs, inputs).
+        draws: of each array.
+    """
+
+    def write(g: Tensor, draws: Draws) -> Named:
+        programmed, states = device.write(g, draws)
+        return {"programmed": programmed, **named_states(states)}
+
+    if not _alike(device, targets):
+        return [write(g, of) for g, of in zip(targets, draws, strict=True)]
+    pieces = layout([g.numel() for g in targets], _size(targets[0]))
+    places = [(size_of(block), [(p.array, p.at, p.number) for p in block]) for block in pieces]
+    turns, arrays = InTurn(draws, places), [{"target": g} for g in targets]
+    return cast(list[Named], blockwise(lambda block: write(block["target"], turns), arrays, pieces))
+
+
+def at_age(device: Device, arrays: Sequence[Named], age_s: float, *, moments: bool) -> list[Found]:
+    """Of each array what a read finds: ``mean`` and ``spread``, which is None where it is exact.
+
+    Args:
+        device: what happens.
+        arrays: what :func:`written` has left.
+        age_s: seconds since programming.
+        moments: whether these are mean and variance of a read, of which none is below zero; else
+            the conductances and the deviation of one read about them.
+    """
+
+    def read(array: Named) -> Found:
+        programmed, states = array["programmed"], states_of(array, len(device.models))
+        mean = device.drift(programmed, states, age_s)
+        spread = device.read_std(mean, programmed, states, age_s)
+        if spread is not None and moments:
+            mean, spread = read_moments(mean, spread)
+        return {"mean": mean, "spread": spread}
+
+    programmed = [array["programmed"] for array in arrays]
+    if not _alike(device, programmed):
+        return [read(array) for array in arrays]
+    pieces = layout([g.numel() for g in programmed], _size(programmed[0]))
+    return blockwise(read, arrays, pieces)
+
+
+def named_states(states: Sequence[State]) -> dict[str, Tensor]:
+    """The states of a device's effects, under one name each."""
+    return {
+        f"state_{i}_{name}": value
+        for i, state in enumerate(states)
+        for name, value in state.items()
+    }
+
+
+def states_of(named: Named, effects: int) -> list[State]:
+    """The way back from :func:`named_states`."""
+    prefixes = [f"state_{i}_" for i in range(effects)]
+    return [
+        {name.removeprefix(p): value for name, value in named.items() if name.startswith(p)}
+        for p in prefixes
+    ]
+
+
+def _alike(device: Device, tensors: Sequence[Tensor]) -> bool:
+    """Whether the devices of all arrays can lie in one row."""
+    return all(m.elementwise for m in device.models) and len({g.device for g in tensors}) == 1
+
+
+def _size(g: Tensor) -> int:
+    return blocks.BLOCK if g.device.type == "cpu" else ON_ACCELERATOR
