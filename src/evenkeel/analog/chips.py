@@ -11,8 +11,6 @@ from torch import Tensor
 from evenkeel.analog.chip import Chip
 from evenkeel.analog.layer import write_
 
-Held = dict[str, Tensor | None]
-
 
 class Chips:
     """Chips of one network and device, with seeds in a row; made by ``program(..., chips=K)``.
@@ -42,12 +40,10 @@ class Chips:
         self.seeds = range(first.seed, first.seed + number)
         self._chip = first
         self._age_s = 0.0
-        self._held: list[list[Held]] = []
         arrays = [array for _, array in first.arrays()]
-        for seed in self.seeds:
-            if seed > first.seed:
-                write_(arrays, seed)
-            self._held.append([dict(array._buffers) for array in arrays])
+        self._held = [[dict(array._buffers) for array in arrays]]
+        if number > 1:
+            self._held += write_(arrays, self.seeds[1:])
         for array in arrays:
             array.target = None
         self._ready = [False] * number  # at the present age: each is made so when it is brought in

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from evenkeel.analog.blocks import Named
+from evenkeel.analog.blocks import Found, Named
 from evenkeel.analog.device import Device, State
 from evenkeel.analog.periphery import through
 from evenkeel.analog.together import at_age, states_of, written
@@ -229,12 +229,20 @@ class AnalogLayer(nn.Module):
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def write_(arrays: Sequence[AnalogLayer], seed: int) -> None:
-    """Program the targets of one chip's arrays onto its devices; :func:`derive_` makes it ready."""
+def write_(arrays: Sequence[AnalogLayer], seeds: Sequence[int]) -> list[list[Found]]:
+    """Program the arrays' targets onto the devices of chips; given back are the buffers of each.
+
+    The arrays then are those of the last one, which :func:`derive_` makes ready.
+    """
     targets = [cast(Tensor, array.target) for array in arrays]
-    draws = [Draws(seed, array.path) for array in arrays]
-    for array, left in zip(arrays, written(arrays[0].device, targets, draws), strict=True):
-        array._begin(seed, left)
+    draws = [Draws(seed, array.path) for seed in seeds for array in arrays]
+    left = iter(written(arrays[0].device, targets * len(seeds), draws))
+    chips = []
+    for seed in seeds:
+        for array in arrays:
+            array._begin(seed, next(left))
+        chips.append([dict(array._buffers) for array in arrays])
+    return chips
 
 
 @torch.inference_mode(False)  # what is kept must also serve outside of it

@@ -123,7 +123,7 @@ def program(
             f"({held}). Linear, convolutional, attention and recurrent layers can be programmed; "
             f"make other kinds known with evenkeel.layers.register_weight_layer."
         )
-    write_(programmed, operator.index(seed))
+    write_(programmed, [operator.index(seed)])
     derive_(programmed)
     made = _copy_with(model, arrays)
     chip = Chip(made, as_device(device), operator.index(seed), digital).eval()
