@@ -584,6 +584,14 @@ def test_undo_after_training_is_refused():
     assert is_as(model, trained)
 
 
+def test_undo_of_a_network_that_has_lost_a_layer_is_refused():
+    model, x = unbalanced(5, 8, 3)
+    done = ek.balance_(model, x)
+    model[0] = nn.Identity()
+    with pytest.raises(ConfigError, match=r"has changed since .*'0.weight'"):
+        done.undo()
+
+
 # ---- the certificate
 
 
@@ -877,6 +885,7 @@ def work(rank: int, folder: str) -> None:
     before = kept(model)
     ek.Balancer(model, x).step()
     torch.save(factors(model, before), f"{folder}/{rank}.pt")
+    dist.barrier()  # one that leaves early may take the other with it
     dist.destroy_process_group()
 
 

@@ -1113,6 +1113,7 @@ def work(rank, folder):
     for synchronize in (True, False):
         results["ddp", synchronize] = in_ddp(rank, synchronize=synchronize)
     torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()  # one that leaves early may take the other with it
     dist.destroy_process_group()
 
 

@@ -96,6 +96,7 @@ def balance_arrays_(
 
     Raises:
         ConfigError: no batches, no layer that can be scaled, or activations that are not finite.
+        CalibrationError: a batch of which it is not known how it enters; give ``forward``.
         GraphError: outputs changed; the network is as it was.
 
     Examples:

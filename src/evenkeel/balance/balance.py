@@ -59,10 +59,10 @@ class Balance:
         Raises:
             ConfigError: parameters have changed since, by training or otherwise.
         """
-        parameters = dict(self._model.named_parameters())
-        changed = [p for p, version in self._versions.items() if parameters[p]._version != version]
         if self._undone:
             return
+        now = {path: p._version for path, p in self._model.named_parameters()}
+        changed = [path for path, version in self._versions.items() if now.get(path) != version]
         if changed:
             raise ConfigError(
                 f"The network has changed since it was balanced ('{changed[0]}'), and undoing "
