@@ -28,8 +28,8 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 def running(channels: int) -> BatchChannelNorm2d:
-    """In 8 groups, for batches of one."""
-    return BatchChannelNorm2d(channels, 8, statistics="running")
+    """In 8 groups or, of fewer than 16 channels, pairs; for batches of one."""
+    return BatchChannelNorm2d(channels, min(8, channels // 2), statistics="running")
 
 
 def images(count: int = 1, size: int = 32) -> torch.Tensor:
