@@ -15,6 +15,7 @@ from evenkeel.analog import (
     Gain,
     Gaussian,
     Periphery,
+    Slices,
     calibrate_ranges_,
     program,
 )
@@ -372,10 +373,30 @@ def test_inputs_that_are_no_numbers_give_no_range():
 def test_what_is_asked_for_is_added_to_a_devices_own(monkeypatch):
     own = Device(PCM(), scale_per="column", periphery=Periphery(rows=4, output_noise=0.1))
     monkeypatch.setattr(hardware, "resolve", lambda kind, name: own)
-    (found,) = hardware.devices_from(["mine"], 8, None, None, False)
+    (found,) = hardware.Around(dac=8, slices="3x2").devices(["mine"])
     assert found.periphery == Periphery(dac=Converter(8), rows=4, output_noise=0.1)
-    assert (found.scale_per, own.periphery.dac) == ("column", None)
-    assert hardware.devices_from(["mine"], None, None, None, False) == ["mine"]
+    assert found.slices == Slices(3, bits=2)
+    assert (found.scale_per, own.periphery.dac, own.slices) == ("column", None, None)
+    assert hardware.Around().devices(["mine"]) == ["mine"]
+
+
+def test_everything_around_an_array_can_be_asked_for_by_command():
+    around = hardware.Around(
+        dac=6, serial=True, adc=7, rows=9, own_reads=True, output_noise=0.01, wire_ohm=0.3
+    )
+    (found,) = around.devices(["pcm"])
+    assert found.periphery == Periphery(
+        dac=Converter(6), serial=True, adc=Converter(7), rows=9, reads="each", output_noise=0.01,
+        wire_ohm=0.3,
+    )  # fmt: skip
+    assert found.slices is None
+    assert hardware.Around(slices="4x2").devices(["pcm"])[0].periphery is None
+
+
+@pytest.mark.parametrize("slices", ["4", "4b2", "x2", "4x", "4x2x1", "-1x2", "1.5x2"])
+def test_slices_are_a_number_times_bits(slices):
+    with pytest.raises(ConfigError, match="such as 4x2"):
+        hardware.Around(slices=slices).devices(["pcm"])
 
 
 @pytest.mark.parametrize("bits", [8, 16, 26])

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 import evenkeel as ek
 from evenkeel.audit.audit import AGES
-from evenkeel.cli.hardware import devices_from
+from evenkeel.cli.hardware import IDEAL, Around
 from evenkeel.cli.network import network_from
 from evenkeel.cli.progress import progress_bar
 from evenkeel.cli.samples import samples_from
@@ -41,10 +41,7 @@ def audit(
     test_samples: int | None = None,
     task: str = "classify",
     device: Names = None,
-    dac: int | None = None,
-    adc: int | None = None,
-    rows: int | None = None,
-    own_reads: Annotated[bool, Parameter(negative="")] = False,
+    around: Around = IDEAL,
     age: Names = None,
     remedy: Names = None,
     chips: int = 16,
@@ -88,14 +85,6 @@ def audit(
         Names, with levels: pcm gaussian:0.05 stuck_at:0.01, or module:Class. The verdict is on the
         first. `evenkeel devices` lists them. Default: pcm; without MODEL also some levels of
         gaussian.
-    dac
-        Bits of the converters before the arrays; default ideal ones.
-    adc
-        Bits of the converters behind them; default ideal ones.
-    rows
-        Inputs of a tile; currents of different tiles are converted one by one.
-    own_reads
-        Every product with an input vector has read noise of its own, instead of every forward pass.
     age
         Times since programming. Default: 0,1h,1d,1mo,1y.
     remedy
@@ -135,7 +124,7 @@ def audit(
             network,
             samples,
             task=task,
-            devices=devices_from(named, dac, adc, rows, own_reads),
+            devices=around.devices(named),
             ages=_listed(age) or AGES,
             remedies=_listed(remedy) or None,
             chips=chips,

@@ -1,41 +1,96 @@
-"""Devices by name, with the converters and tiles that are asked for around them."""
+"""Devices by name, with what is asked for around their arrays."""
 
 import copy
 import dataclasses
+import re
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from evenkeel.analog import Converter, Device, Periphery
+from cyclopts import Parameter
+
+from evenkeel.analog import Converter, Device, Periphery, Slices
 from evenkeel.analog.device import as_device
 from evenkeel.audit.names import resolve
 from evenkeel.errors import ConfigError
 from evenkeel.protocols import Device as AnyDevice
 
-
-def devices_from(
-    names: Sequence[str], dac: int | None, adc: int | None, rows: int | None, own_reads: bool
-) -> Sequence[str | AnyDevice]:
-    """The names; or, where anything around the arrays is asked for, the devices with it."""
-    if dac is adc is rows is None and not own_reads:
-        return names
-    asked = {
-        "dac": dac and Converter(dac),
-        "adc": adc and Converter(adc),
-        "rows": rows,
-        "reads": "each" if own_reads else None,
-    }
-    asked = {setting: value for setting, value in asked.items() if value is not None}
-    return [_with(name, asked) for name in names]
+Flag = Annotated[bool, Parameter(negative="")]
 
 
-def _with(name: str, asked: dict[str, Any]) -> Device:
-    device = resolve("devices", name)
-    try:
-        made = copy.copy(as_device(device))
-    except ConfigError as error:
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Around:
+    """What stands around the arrays, and how they hold weights; ideal unless asked for.
+
+    Parameters
+    ----------
+    dac
+        Bits of the converters before the arrays; default ideal ones.
+    serial
+        Inputs enter as bits, one after the other; as many as --dac has.
+    adc
+        Bits of the converters behind the arrays; default ideal ones.
+    rows
+        Inputs of a tile; currents of different tiles are converted one by one.
+    slices
+        Arrays that hold one weight, and bits of each: 4x2.
+    own_reads
+        Every product with an input vector has read noise of its own, instead of every forward pass.
+    output_noise
+        Deviation of each current, in products of the largest input and the largest conductance.
+    wire_ohm
+        Resistance of the wire between two rows, along which the voltage drops.
+    """
+
+    dac: int | None = None
+    serial: Flag = False
+    adc: int | None = None
+    rows: int | None = None
+    slices: str | None = None
+    own_reads: Flag = False
+    output_noise: float = 0.0
+    wire_ohm: float = 0.0
+
+    def devices(self, names: Sequence[str]) -> Sequence[str | AnyDevice]:
+        """The names; or, where anything is asked for, the devices with it."""
+        return names if self == IDEAL else [self._device(name) for name in names]
+
+    def _device(self, name: str) -> Device:
+        device = resolve("devices", name)
+        try:
+            made = copy.copy(as_device(device))
+        except ConfigError as error:
+            raise ConfigError(
+                f"--dac, --adc, --rows and the like are for evenkeel's own devices; {name!r} is "
+                f"another. Put them into its own settings."
+            ) from error
+        if asked := self._periphery():
+            made.periphery = dataclasses.replace(made.periphery or Periphery(), **asked)
+        if self.slices is not None:
+            made.slices = _slices(self.slices)
+        return made
+
+    def _periphery(self) -> dict[str, Any]:
+        asked = {
+            "dac": self.dac and Converter(self.dac),
+            "serial": self.serial or None,
+            "adc": self.adc and Converter(self.adc),
+            "rows": self.rows,
+            "reads": "each" if self.own_reads else None,
+            "output_noise": self.output_noise or None,
+            "wire_ohm": self.wire_ohm or None,
+        }
+        return {setting: value for setting, value in asked.items() if value is not None}
+
+
+IDEAL = Around()
+
+
+def _slices(text: str) -> Slices:
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if found is None:
         raise ConfigError(
-            f"--dac, --adc, --rows and --own-reads are for evenkeel's own devices; {name!r} is "
-            f"another. Put them into its own settings."
-        ) from error
-    made.periphery = dataclasses.replace(made.periphery or Periphery(), **asked)
-    return made
+            f"--slices must be arrays of a weight times bits of each, such as 4x2; got {text!r}."
+        )
+    return Slices(int(found[1]), bits=int(found[2]))

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from evenkeel.audit.sensitivity import Sensitivity
 from evenkeel.audit.sensitivity import sensitivity as measure
-from evenkeel.cli.hardware import devices_from
+from evenkeel.cli.hardware import IDEAL, Around
 from evenkeel.cli.network import network_from
 from evenkeel.cli.progress import progress_bar
 from evenkeel.cli.samples import samples_from
@@ -30,10 +30,7 @@ def sensitivity(
     test_samples: int | None = 1000,
     task: str = "classify",
     device: str = "pcm",
-    dac: int | None = None,
-    adc: int | None = None,
-    rows: int | None = None,
-    own_reads: Annotated[bool, Parameter(negative="")] = False,
+    around: Around = IDEAL,
     age: str = "1d",
     chips: int = 4,
     seed: int = 0,
@@ -64,14 +61,6 @@ def sensitivity(
         classify, regress, reconstruct, segment, detect, or module:Class.
     device
         One, with its level: gaussian:0.05.
-    dac
-        Bits of the converters before the arrays; default ideal ones.
-    adc
-        Bits of the converters behind them; default ideal ones.
-    rows
-        Inputs of a tile.
-    own_reads
-        Every product has read noise of its own.
     age
         Time since programming.
     chips
@@ -88,7 +77,7 @@ def sensitivity(
     samples = samples_from(data, data_root, mean, std).limited(test=test_samples)
     network = network_from(model, weights)
     console = Console()
-    (hardware,) = devices_from([device], dac, adc, rows, own_reads)
+    (hardware,) = around.devices([device])
     with progress_bar(console) as bar:
         job = bar.add_task("evaluations", total=None)
         found = measure(
