@@ -20,7 +20,7 @@ from evenkeel.analog import (
     program,
 )
 from evenkeel.analog.blocks import LANES, blockwise, layout, size_of, unfilled
-from evenkeel.draws import Draws, InTurn
+from evenkeel.draws import Draws, in_turn
 from evenkeel.errors import ConfigError
 
 DEVICES = [
@@ -70,8 +70,11 @@ def test_a_layout_holds_every_device_once_and_in_order(numbers):
 
 def test_draws_in_turn_are_those_of_each_part():
     parts = [Draws(3, "layer"), Draws(3, "other")]
-    turns = InTurn(parts, [(5, [(0, 0, 5)]), (12, [(0, 0, 3), (1, 6, 4)]), (2, [(1, 0, 2)])])
-    got = [(turns.normal("a", (1, n)).flatten(), turns.uniform("b", (n,))) for n in (5, 12, 2)]
+    blocks = [(5, [(0, 0, 5)]), (12, [(0, 0, 3), (1, 6, 4)]), (2, [(1, 0, 2)])]
+    got = []
+    for turn, (n, _) in zip(in_turn(parts, blocks), blocks, strict=True):
+        got.append((turn.normal("a", (1, n)).flatten(), turn.uniform("b", (n,))))
+        assert torch.equal(turn.normal("a", (n,)), got[-1][0])  # the key alone decides
     for k, law in enumerate(("normal", "uniform")):
         first, second, third = (pair[k] for pair in got)
         alone = [getattr(p, law)("ab"[k], (n,)) for p, n in zip(parts, (8, 6), strict=True)]
@@ -89,6 +92,16 @@ def test_an_elementwise_effect_has_no_generator_of_its_own():
 
     with pytest.raises(ConfigError, match="elementwise = False"):
         program(nn.Linear(3, 2), Own(0.1), seed=0)
+
+
+def test_effects_of_one_kind_are_independent():
+    layer = nn.Linear(300, 300)
+    nn.init.ones_(layer.weight)  # all at the largest conductance
+    noisy = program(layer, Device(Gaussian(0.1), Gaussian(0.1)), seed=0).model.programmed[0]
+    assert float(noisy.std()) == pytest.approx(0.1, rel=0.02)  # 0.14 if they shared their numbers
+    stuck = program(layer, Device(StuckAt(low=0.3), StuckAt(low=0.3)), seed=0).model
+    lost = float((stuck.weight == 0).float().mean())
+    assert lost == pytest.approx(1 - 0.7**2, abs=0.02)  # 0.3 if they did
 
 
 def in_blocks_of_64(f, *arrays):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.analog.blocks import unfilled
-from evenkeel.draws import Draws
+from evenkeel.draws import Apart, Draws
 from evenkeel.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -247,10 +247,13 @@ class Device:
         return target.add_(self.g_min) if self.g_min else target, unit
 
     def write(self, target: Tensor, draws: Draws) -> tuple[Tensor, list[State]]:
-        """Conductances after programming, and each effect's state."""
+        """Conductances after programming, and each effect's state; no two effects share numbers."""
         g, states = target, []
-        for model in self.models:
-            g, state = model.write(g, draws, self.g_max)
+        taken: set[str] = set()
+        for i, model in enumerate(self.models):
+            own = Apart(draws, taken, f"effect {i}")
+            g, state = model.write(g, own, self.g_max)
+            taken = taken | own.used
             states.append(state)
         return g, states
 

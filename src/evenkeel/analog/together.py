@@ -9,7 +9,7 @@ from evenkeel.analog import blocks
 from evenkeel.analog.blocks import Found, Named, blockwise, layout, size_of
 from evenkeel.analog.device import Device, State
 from evenkeel.analog.reads import read_moments
-from evenkeel.draws import Draws, InTurn
+from evenkeel.draws import Draws, in_turn
 
 ON_ACCELERATOR = 1 << 22
 """Devices that are taken at once where each operation has to be launched."""
@@ -32,8 +32,9 @@ def written(device: Device, targets: Sequence[Tensor], draws: Sequence[Draws]) -
         return [write(g, of) for g, of in zip(targets, draws, strict=True)]
     pieces = layout([g.numel() for g in targets], _size(targets[0]))
     places = [(size_of(block), [(p.array, p.at, p.number) for p in block]) for block in pieces]
-    turns, arrays = InTurn(draws, places), [{"target": g} for g in targets]
-    return cast(list[Named], blockwise(lambda block: write(block["target"], turns), arrays, pieces))
+    turns, arrays = in_turn(draws, places), [{"target": g} for g in targets]
+    left = blockwise(lambda block: write(block["target"], next(turns)), arrays, pieces)
+    return cast(list[Named], left)
 
 
 def at_age(device: Device, arrays: Sequence[Named], age_s: float, *, moments: bool) -> list[Found]:

@@ -12,7 +12,8 @@ than not share their numbers.
 import hashlib
 import json
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor
 from evenkeel.errors import ConfigError
 
 Block = tuple[int, Sequence[tuple[int, int, int]]]
+Streams = dict[tuple[str, str, int], Iterator[Tensor]]
 
 
 def digest(*key: str | int) -> int:
@@ -69,22 +71,25 @@ class Draws:
         return torch.from_numpy(values).to(device)
 
 
-class InTurn(Draws):
-    """The numbers of many parts in blocks, of which each call for a component gives the next.
-
-    They are those that each part gives alone, from its first on.
+def in_turn(parts: Sequence[Draws], blocks: Sequence[Block]) -> "Iterator[Draws]":
+    """The numbers of many parts block by block: those that each part gives alone.
 
     Args:
         parts: whose numbers.
         blocks: of each its size, and what lies in it: a part's index, where, and how many of its
             next numbers. Between them are zeros.
     """
+    streams: Streams = {}
+    for _ in blocks:
+        yield _Block(parts, blocks, streams)
 
-    __slots__ = ("blocks", "parts", "streams")
 
-    def __init__(self, parts: Sequence[Draws], blocks: Sequence[Block]) -> None:
-        self.parts, self.blocks = parts, blocks
-        self.streams: dict[tuple[str, str], Iterator[Tensor]] = {}
+class _Block(Draws):
+    """Of one block. A component that is asked for again is drawn again: it gives the same."""
+
+    def __init__(self, parts: Sequence[Draws], blocks: Sequence[Block], streams: "Streams") -> None:
+        self.parts, self.blocks, self.streams = parts, blocks, streams
+        self.asked: Counter[tuple[str, str]] = Counter()
 
     def generator(self, component: str) -> "np.random.Generator":
         """None: it would begin anew with each block."""
@@ -96,19 +101,21 @@ class InTurn(Draws):
     def normal(
         self, component: str, shape: tuple[int, ...], *, device: torch.device | None = None
     ) -> Tensor:
-        """The next standard normal numbers."""
+        """Of all parts."""
         return self._next("standard_normal", component).view(shape).to(device)
 
     def uniform(
         self, component: str, shape: tuple[int, ...], *, device: torch.device | None = None
     ) -> Tensor:
-        """The next uniform numbers."""
+        """Of all parts."""
         return self._next("random", component).view(shape).to(device)
 
     def _next(self, law: str, component: str) -> Tensor:
-        if (law, component) not in self.streams:
-            self.streams[law, component] = self._stream(law, component)
-        return next(self.streams[law, component])
+        stream = law, component, self.asked[law, component]
+        self.asked[law, component] += 1
+        if stream not in self.streams:
+            self.streams[stream] = self._stream(law, component)
+        return next(self.streams[stream])
 
     def _stream(self, law: str, component: str) -> "Iterator[Tensor]":
         draw: dict[int, Callable[..., object]] = {}  # each part's law, while its numbers last
@@ -119,3 +126,31 @@ class InTurn(Draws):
                     draw = {part: getattr(self.parts[part].generator(component), law)}
                 draw[part](out=values[at : at + number], dtype=np.float32)
             yield torch.from_numpy(values)
+
+
+class Apart(Draws):
+    """Another's numbers, but others for components that are taken."""
+
+    def __init__(self, draws: Draws, taken: Collection[str], who: str) -> None:
+        self.draws, self.taken, self.who = draws, taken, who
+        self.used: set[str] = set()
+
+    def generator(self, component: str) -> "np.random.Generator":
+        """Of that component."""
+        return self.draws.generator(self._own(component))
+
+    def normal(
+        self, component: str, shape: tuple[int, ...], *, device: torch.device | None = None
+    ) -> Tensor:
+        """Of that component."""
+        return self.draws.normal(self._own(component), shape, device=device)
+
+    def uniform(
+        self, component: str, shape: tuple[int, ...], *, device: torch.device | None = None
+    ) -> Tensor:
+        """Of that component."""
+        return self.draws.uniform(self._own(component), shape, device=device)
+
+    def _own(self, component: str) -> str:
+        self.used.add(component)
+        return f"{component} of {self.who}" if component in self.taken else component
