@@ -19,7 +19,7 @@ from evenkeel.analog import (
     blocks,
     program,
 )
-from evenkeel.analog.blocks import LANES, blockwise, layout, size_of, unfilled
+from evenkeel.analog.blocks import BLOCK, LANES, SPLIT, blockwise, layout, size_of, unfilled
 from evenkeel.draws import Draws, in_turn
 from evenkeel.errors import ConfigError
 
@@ -62,7 +62,8 @@ def test_a_layout_holds_every_device_once_and_in_order(numbers):
         own = [p for block in pieces for p in block if p.array == array]
         assert [i for p in own for i in range(p.start, p.start + p.number)] == list(range(number))
     for block in pieces:
-        assert size_of(block) <= 128
+        assert sum(p.number for p in block) <= 128
+        assert size_of(block) % SPLIT == 0
         assert all(p.at % LANES == 0 for p in block)
         ends = [p.at + p.number for p in block]
         assert all(end <= p.at for end, p in zip(ends, block[1:], strict=False))
@@ -102,6 +103,97 @@ def test_effects_of_one_kind_are_independent():
     stuck = program(layer, Device(StuckAt(low=0.3), StuckAt(low=0.3)), seed=0).model
     lost = float((stuck.weight == 0).float().mean())
     assert lost == pytest.approx(1 - 0.7**2, abs=0.02)  # 0.3 if they did
+
+
+def test_an_array_is_the_same_on_however_many_threads():
+    net = nn.Sequential(nn.Linear(20, 200), nn.Linear(200, 200), nn.Linear(300, 301))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3, 4, 7):
+            torch.set_num_threads(n)
+            chip = program(net, PCM(), seed=0, layers=["1", "2"] if n == 3 else None).age_(60.0)
+            found.append([{**a._buffers} for _, a in list(chip.arrays())[-2:]])
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            for name, value in a.items():
+                assert value is None or torch.equal(value, b[name]), name
+    assert BLOCK % SPLIT == 0
+
+
+class Odd(PCM):
+    """A device of a user's, in ways that are allowed and that are not."""
+
+    elementwise = True
+
+    def __init__(self, write):
+        super().__init__()
+        object.__setattr__(self, "_write", write)
+
+    def write(self, g, draws, g_max):
+        return self._write(g, draws)
+
+    def drift(self, g, state, age_s):
+        return g
+
+    def read_std(self, g, programmed, state, age_s):
+        return None
+
+
+def test_a_state_of_one_number_is_that_of_every_device():
+    of = Odd(lambda g, draws: (g, {"loss": torch.tensor(0.25)}))
+    chip = program(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), of, seed=0)
+    for _, array in chip.arrays():
+        assert array.states[0]["loss"].shape == array.programmed.shape
+        assert bool((array.states[0]["loss"] == 0.25).all())
+
+
+@pytest.mark.parametrize("sides", [(5, 4), (24, 16)], ids=["part of a block", "all of it"])
+def test_what_an_effect_is_given_is_not_to_be_changed(sides):
+    for elementwise in (True, False):
+        of = Odd(lambda g, draws: (g.mul_(0.5), {}))
+        object.__setattr__(of, "elementwise", elementwise)
+        with pytest.raises(ConfigError, match=r"instead of g\.mul_"):
+            program(nn.Linear(*sides), of, seed=0)
+
+
+def test_numbers_that_a_block_has_no_use_for_are_passed_over():
+    def where_any(g, draws):
+        return (g + draws.normal("x", g.shape) if bool((g > 0).any()) else g), {}
+
+    net = nn.Sequential(nn.Linear(32, 12), nn.Linear(12, 32))
+    nn.init.zeros_(net[0].weight)
+    whole = program(net, Odd(where_any), seed=0, layers=["1"]).model[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BLOCK", 768)
+        assert torch.equal(
+            program(net, Odd(where_any), seed=0).model[1].programmed, whole.programmed
+        )
+
+
+@pytest.mark.parametrize("shape", [(1,), (7, 9)])
+def test_an_elementwise_effect_draws_for_each_device(shape):
+    with pytest.raises(ConfigError, match=r"the shape of g, of 768 devices; got"):
+        program(nn.Linear(3, 2), Odd(lambda g, draws: (g + draws.normal("x", shape), {})), seed=0)
+
+
+def test_who_draws_is_known_where_it_is_one():
+    def named(g, draws):
+        assert repr(draws)
+        return g + draws.seed + len(draws.name), {}
+
+    of = Odd(named)
+    with pytest.raises(ConfigError, match="one array at a time"):
+        program(nn.Linear(3, 2), of, seed=0)
+    object.__setattr__(of, "elementwise", False)
+    program(nn.Linear(3, 2), of, seed=0)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_layer_without_weights_is_refused():
+    with pytest.raises(ConfigError, match="must have weights"):
+        program(nn.Sequential(nn.Linear(3, 0), nn.Linear(0, 2)), PCM(), seed=0)
 
 
 def in_blocks_of_64(f, *arrays):

@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 17
-"""Devices that are taken at once."""
 LANES = 64
 """Arrays begin at multiples of it: torch may round otherwise what is left over by whole vectors."""
+SPLIT = 12 * LANES
+"""Blocks are multiples of it: by up to four threads, among which torch splits them, too."""
+BLOCK = 170 * SPLIT
+"""Devices that are taken at once; of each four threads take a whole number of vectors."""
 LARGE = 1 << 22
 """Bytes from which numpy asks for large pages."""
 
@@ -46,7 +48,7 @@ def layout(numbers: Sequence[int], block: int) -> list[list[Piece]]:
                 at = 0
             taken = min(number - start, block - at)
             blocks[-1].append(Piece(array, start, at, taken))
-            start, at = start + taken, at + _whole(taken)
+            start, at = start + taken, at + _whole(taken, LANES)
             if not number:
                 break
     return blocks
@@ -54,7 +56,7 @@ def layout(numbers: Sequence[int], block: int) -> list[list[Piece]]:
 
 def size_of(pieces: Sequence[Piece]) -> int:
     """Devices in a block, with those between the arrays."""
-    return pieces[-1].at + _whole(pieces[-1].number)
+    return _whole(pieces[-1].at + pieces[-1].number, SPLIT)
 
 
 def blockwise(
@@ -65,7 +67,7 @@ def blockwise(
     """What ``f`` makes of the tensors of each array, which are of one shape, device by device.
 
     ``f`` sees tensors (1, 1, n) of those names, in which devices lie as they do in memory. What it
-    gives has the same shape; where it hands the first one through, nothing is copied.
+    gives can be expanded to that; where it hands the first one through, nothing is copied.
     """
     shapes = [next(iter(named.values())).shape for named in arrays]
     rows = [{name: value.reshape(-1) for name, value in named.items()} for named in arrays]
@@ -74,12 +76,13 @@ def blockwise(
         block = {name: _gathered([row[name] for row in rows], pieces) for name in rows[0]}
         first = next(iter(block))
         for name, part in f(block).items():
+            whole = None if part is None else part.expand(block[first].shape).reshape(-1)
             for piece in pieces:
                 into, row = found[piece.array], rows[piece.array][first]
-                if part is None:
+                if whole is None:
                     into[name] = None
-                elif part.data_ptr() != block[first].data_ptr():
-                    values = part.view(-1)[piece.at : piece.at + piece.number]
+                elif whole.data_ptr() != block[first].data_ptr():
+                    values = whole[piece.at : piece.at + piece.number]
                     into[name] = _filled(into.get(name), values, row, piece.start)
                 elif into.setdefault(name, row) is not row:
                     span = slice(piece.start, piece.start + piece.number)
@@ -99,11 +102,12 @@ def _gathered(rows: list[Tensor], pieces: Sequence[Piece]) -> Tensor:
     if number == size:
         return rows[whose][begin : begin + size].view(1, 1, -1)
     block = rows[whose].new_empty(size)
-    for array, start, at, number in pieces:
-        end, whole = start + number, _whole(number)
+    full = [piece for piece in pieces if piece.number]
+    for k, (array, start, at, number) in enumerate(full):
+        end, until = start + number, size if k + 1 == len(full) else full[k + 1].at
         block[at : at + number] = rows[array][start:end]
-        if whole > number:
-            block[at + number : at + whole] = rows[array][end - 1]
+        if until > at + number:
+            block[at + number : until] = rows[array][end - 1]
     return block.view(1, 1, -1)
 
 
@@ -125,5 +129,5 @@ def unfilled(like: Tensor, *shape: int) -> Tensor:
     return torch.from_numpy(np.empty(number, np.uint8)).view(like.dtype).view(shape)
 
 
-def _whole(number: int) -> int:
-    return -(-number // LANES) * LANES
+def _whole(number: int, of: int) -> int:
+    return -(-number // of) * of

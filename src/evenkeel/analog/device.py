@@ -55,7 +55,10 @@ class DeviceModel:
     oldest_s: ClassVar[float] = math.inf
     """Age in s up to which it is known what happens."""
     elementwise: ClassVar[bool] = False
-    """Whether what lies beside a device does not matter: all arrays then go together, in blocks."""
+    """Whether what lies beside a device does not matter.
+
+    All arrays then go together, in blocks, and every draw is of a number for each device in them.
+    """
 
     def write(self, g: Tensor, draws: Draws, g_max: float) -> tuple[Tensor, State]:
         """Conductances after programming the targets ``g``, and what decides their later life."""

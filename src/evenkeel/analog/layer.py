@@ -74,6 +74,8 @@ class AnalogLayer(nn.Module):
         if parametrize.is_parametrized(layer):
             layer = copy.deepcopy(layer).eval()  # in training, reading may change it
         matrix = weights.matrix(layer)
+        if not matrix.numel():
+            raise ConfigError(f"'{path}' must have weights to be programmed; it has none.")
         self.target, unit = device.convert(matrix)  # (2, outputs, inputs), (outputs or 1, 1)
         if not bool(torch.isfinite(unit).all()):
             raise ConfigError(
@@ -120,8 +122,9 @@ class AnalogLayer(nn.Module):
             age=torch.zeros((), dtype=torch.float64),
             read_key=read_key(seed, self.path, "read", ""),
             reads=torch.zeros((), dtype=torch.int64),
-            **written,
         )
+        for name, value in written.items():
+            self.register_buffer(name, value)
 
     def _settle(self, mean: Tensor, spread: Tensor | None) -> None:
         """Keep what a forward pass needs of the devices as they are now."""

@@ -45,8 +45,6 @@ class PhaseChange(DeviceModel):
                     f"{getattr(self, name)!r}."
                 )
 
-    # The laws give tensors of their own, in which it is calculated on.
-
     def deviation(self, x: Tensor) -> Tensor:
         """Of programming, in µS, at a share of the range from 0 to 1."""
         raise NotImplementedError
@@ -65,14 +63,13 @@ class PhaseChange(DeviceModel):
         shape = tuple(g.shape)
         programmed = g
         if self.programming:
-            noise = self.deviation(x).mul_(self.programming)
-            noise.mul_(draws.normal("programming", shape, device=g.device))
-            programmed = noise.add_(g).clamp_min_(0)
+            xi = draws.normal("programming", shape, device=g.device)
+            programmed = xi.mul_(self.programming * self.deviation(x)).add_(g).clamp_min_(0)
         if not self.drifting:
             return programmed, {}
         mean, std = self.exponent(x)
-        std.mul_(draws.normal("drift exponent", shape, device=g.device))
-        return programmed, {"nu": std.add_(mean).abs_().mul_(self.drifting)}
+        nu = draws.normal("drift exponent", shape, device=g.device).mul_(std).add_(mean)
+        return programmed, {"nu": nu.abs_().mul_(self.drifting)}
 
     def drift(self, g: Tensor, state: State, age_s: float) -> Tensor:
         """One trajectory for each device: the age alone decides the point on it."""
@@ -87,7 +84,7 @@ class PhaseChange(DeviceModel):
         q = self.noise((programmed / self.g_max).clamp_min_(0))
         age = age_s + self.t0_s
         root_log = math.sqrt(math.log((age + self.t_read_s) / (2 * self.t_read_s)))
-        return q.mul_(g.clamp_min(0)).mul_(self.reading * root_log)
+        return g.clamp_min(0).mul_(q).mul_(self.reading * root_log)
 
 
 @dataclass(frozen=True)

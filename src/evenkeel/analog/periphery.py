@@ -142,8 +142,8 @@ def through(array: "AnalogLayer", x: Tensor) -> Tensor:
             if variance is not None:
                 power = variance[at].to(x.dtype)
             y = _tile(array, run, inputs, g, power, peak)
-            y = y if shift * share == 1 else y.mul_(shift * share)
-            total = y if total is None else total.add_(y)
+            y = y if shift * share == 1 else y * (shift * share)
+            total = y if total is None else total + y
     assert total is not None
     return _scaled(array, total)
 
@@ -162,7 +162,7 @@ def _tile(
     if around.wire_ohm:
         y = _with_drop(y, run, x, g, peak, around.wire_ohm * 1e-6)
     if around.output_noise:
-        y = y.addcmul_(full, _noise(array, y), value=around.output_noise)
+        y = y + around.output_noise * full * _noise(array, y)
     if array.watch is not None:
         array.watch.take_currents(y)
     if around.adc is None:
@@ -272,7 +272,7 @@ def _with_drop(y: Tensor, run: Run, x: Tensor, g: Tensor, peak: Tensor, wire: fl
     n = g.shape[1]
     j = torch.arange(n, device=g.device, dtype=g.dtype) / n
     far = run(x, g * (1 - (1 - j).square()))
-    a = run(x.abs(), g.abs()).mul_(n * wire / _like(peak, y).clamp_min(TINY))
+    a = run(x.abs(), g.abs()) * (n * wire / _like(peak, y).clamp_min(TINY))
     c = (a * 0.05).sub_(0.2).mul_(a).add_(0.5).mul_(a)
     return y.addcmul_(c, far, value=-1)
 
@@ -280,6 +280,6 @@ def _with_drop(y: Tensor, run: Run, x: Tensor, g: Tensor, peak: Tensor, wire: fl
 def _scaled(array: "AnalogLayer", current: Tensor) -> Tensor:
     """Digital: weights per µS, and the bias."""
     scale, shape = (array.unit * array.compensation).to(current.dtype), [-1, *[1] * _rank(array)]
-    y = current.mul_(scale.view(shape))
+    y = current * scale.view(shape)
     bias = array.bias
-    return y if bias is None else y.add_(bias.to(y.dtype).view(shape))
+    return y if bias is None else y + bias.to(y.dtype).view(shape)

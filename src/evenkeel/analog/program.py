@@ -126,7 +126,8 @@ def program(
     write_(programmed, [operator.index(seed)])
     derive_(programmed)
     made = _copy_with(model, arrays)
-    chip = Chip(made, as_device(device), operator.index(seed), digital).eval()
+    chip = Chip(made, as_device(device), operator.index(seed), digital)
+    chip.training = False
     return chip if chips is None else Chips(chip, chips)
 
 
@@ -181,12 +182,12 @@ def _why_digital(module: nn.Module, *, known: bool) -> str | None:
 
 
 def _copy_with(model: nn.Module, arrays: dict[int, nn.Module]) -> nn.Module:
-    """A copy of the network in which arrays stand where their layers stood.
+    """A copy of the network in eval mode in which arrays stand where their layers stood.
 
     The copy is made with the replacements as already copied, so that every reference to a layer,
     shared ones too, leads to its array, and no digital weight is copied only to be dropped.
     """
-    made = deepcopied(model, dict(arrays))
+    made = deepcopied(model, dict(arrays)).eval()
     for module in made.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # for that torch computes past the layers

@@ -1,6 +1,7 @@
 """What happens to many arrays of a device at once: programming, and a read at some age."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from evenkeel.analog.blocks import Found, Named, blockwise, layout, size_of
 from evenkeel.analog.device import Device, State
 from evenkeel.analog.reads import read_moments
 from evenkeel.draws import Draws, in_turn
+from evenkeel.errors import ConfigError
 
 ON_ACCELERATOR = 1 << 22
 """Devices that are taken at once where each operation has to be launched."""
@@ -25,7 +27,8 @@ def written(device: Device, targets: Sequence[Tensor], draws: Sequence[Draws]) -
     """
 
     def write(g: Tensor, draws: Draws) -> Named:
-        programmed, states = device.write(g, draws)
+        with _left_alone(device, [g]):
+            programmed, states = device.write(g, draws)
         return {"programmed": programmed, **named_states(states)}
 
     if not _alike(device, targets):
@@ -50,8 +53,9 @@ def at_age(device: Device, arrays: Sequence[Named], age_s: float, *, moments: bo
 
     def read(array: Named) -> Found:
         programmed, states = array["programmed"], states_of(array, len(device.models))
-        mean = device.drift(programmed, states, age_s)
-        spread = device.read_std(mean, programmed, states, age_s)
+        with _left_alone(device, list(array.values())):
+            mean = device.drift(programmed, states, age_s)
+            spread = device.read_std(mean, programmed, states, age_s)
         if spread is not None and moments:
             mean, spread = read_moments(mean, spread)
         return {"mean": mean, "spread": spread}
@@ -61,6 +65,23 @@ def at_age(device: Device, arrays: Sequence[Named], age_s: float, *, moments: bo
         return [read(array) for array in arrays]
     pieces = layout([g.numel() for g in programmed], _size(programmed[0]))
     return blockwise(read, arrays, pieces)
+
+
+@contextlib.contextmanager
+def _left_alone(device: Device, given: Sequence[Tensor]) -> Iterator[None]:
+    """Refuse effects that write into what they are given."""
+    before = [_version(value) for value in given]
+    yield
+    if [_version(value) for value in given] != before:
+        raise ConfigError(
+            f"{device.name} must leave the conductances and states that it is given as they are, "
+            f"for they are needed again; it changed some in place. Let it make new ones: g * 0.5 "
+            f"instead of g.mul_(0.5)."
+        )
+
+
+def _version(value: Tensor) -> int:
+    return 0 if value.is_inference() else value._version
 
 
 def named_states(states: Sequence[State]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ than not share their numbers.
 
 import hashlib
 import json
+import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -23,7 +24,8 @@ from torch import Tensor
 from evenkeel.errors import ConfigError
 
 Block = tuple[int, Sequence[tuple[int, int, int]]]
-Streams = dict[tuple[str, str, int], Iterator[Tensor]]
+Streams = dict[tuple[str, str, int], Iterator[tuple[int, Tensor]]]
+ALONE = "With elementwise = False an effect is given one array at a time."
 
 
 def digest(*key: str | int) -> int:
@@ -80,42 +82,63 @@ def in_turn(parts: Sequence[Draws], blocks: Sequence[Block]) -> "Iterator[Draws]
             next numbers. Between them are zeros.
     """
     streams: Streams = {}
-    for _ in blocks:
-        yield _Block(parts, blocks, streams)
+    for index in range(len(blocks)):
+        yield _Block(parts, blocks, streams, index)
 
 
 class _Block(Draws):
     """Of one block. A component that is asked for again is drawn again: it gives the same."""
 
-    def __init__(self, parts: Sequence[Draws], blocks: Sequence[Block], streams: "Streams") -> None:
-        self.parts, self.blocks, self.streams = parts, blocks, streams
+    def __init__(
+        self, parts: Sequence[Draws], blocks: Sequence[Block], streams: "Streams", index: int
+    ) -> None:
+        self.parts, self.blocks, self.streams, self.index = parts, blocks, streams, index
         self.asked: Counter[tuple[str, str]] = Counter()
+
+    __repr__ = object.__repr__
+
+    @property
+    def seed(self) -> int:
+        """None: there may be several."""
+        raise ConfigError(f"Several arrays lie in one block, so it has no seed. {ALONE}")
+
+    @property
+    def name(self) -> str:
+        """None: there may be several."""
+        raise ConfigError(f"Several arrays lie in one block, so it has no name. {ALONE}")
 
     def generator(self, component: str) -> "np.random.Generator":
         """None: it would begin anew with each block."""
         raise ConfigError(
             f"An elementwise effect draws with draws.normal and draws.uniform; got a call of "
-            f"draws.generator({component!r}). Use those, or set elementwise = False."
+            f"draws.generator({component!r}). {ALONE}"
         )
 
     def normal(
         self, component: str, shape: tuple[int, ...], *, device: torch.device | None = None
     ) -> Tensor:
         """Of all parts."""
-        return self._next("standard_normal", component).view(shape).to(device)
+        return self._next("standard_normal", component, shape).to(device)
 
     def uniform(
         self, component: str, shape: tuple[int, ...], *, device: torch.device | None = None
     ) -> Tensor:
         """Of all parts."""
-        return self._next("random", component).view(shape).to(device)
+        return self._next("random", component, shape).to(device)
 
-    def _next(self, law: str, component: str) -> Tensor:
+    def _next(self, law: str, component: str, shape: tuple[int, ...]) -> Tensor:
+        size, _ = self.blocks[self.index]
+        if math.prod(shape) != size:
+            raise ConfigError(
+                f"An elementwise effect draws a number for each device, so {component!r} must have "
+                f"the shape of g, of {size} devices; got {tuple(shape)}. {ALONE}"
+            )
         stream = law, component, self.asked[law, component]
         self.asked[law, component] += 1
         if stream not in self.streams:
-            self.streams[stream] = self._stream(law, component)
-        return next(self.streams[stream])
+            self.streams[stream] = enumerate(self._stream(law, component))
+        # Blocks before may have had no use for it.
+        return next(values for k, values in self.streams[stream] if k == self.index).view(shape)
 
     def _stream(self, law: str, component: str) -> "Iterator[Tensor]":
         draw: dict[int, Callable[..., object]] = {}  # each part's law, while its numbers last
@@ -134,6 +157,18 @@ class Apart(Draws):
     def __init__(self, draws: Draws, taken: Collection[str], who: str) -> None:
         self.draws, self.taken, self.who = draws, taken, who
         self.used: set[str] = set()
+
+    __repr__ = object.__repr__
+
+    @property
+    def seed(self) -> int:
+        """The other's."""
+        return self.draws.seed
+
+    @property
+    def name(self) -> str:
+        """The other's."""
+        return self.draws.name
 
     def generator(self, component: str) -> "np.random.Generator":
         """Of that component."""

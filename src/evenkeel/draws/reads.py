@@ -27,7 +27,7 @@ def keyed_normal(like: Tensor, key: Tensor, count: Tensor) -> Tensor:
 
     Shape: ``like`` any; ``key`` (2,) int64 from :func:`read_key`; ``count`` () int64.
     """
-    drawn: Tensor = torch.ops.evenkeel.keyed_normal(like, key, count)
+    drawn: Tensor = torch.ops.evenkeel.keyed_normal(like.detach(), key, count)
     return drawn
 
 
@@ -37,7 +37,7 @@ def keyed_noise(like: Tensor, key: Tensor, count: Tensor) -> Tensor:
     Pairs $\sqrt{-2\ln u}\,(\cos 2\pi v,\; \sin 2\pi v)$ of uniform numbers (Box and Muller 1958),
     of 24 bits each: none is beyond 5.8.
     """
-    drawn: Tensor = torch.ops.evenkeel.keyed_noise(like, key, count)
+    drawn: Tensor = torch.ops.evenkeel.keyed_noise(like.detach(), key, count)
     return drawn
 
 
