@@ -13,8 +13,8 @@ from evenkeel.analog.reads import read_moments
 from evenkeel.draws import Draws, in_turn
 from evenkeel.errors import ConfigError
 
-ON_ACCELERATOR = 1 << 22
-"""Devices that are taken at once where each operation has to be launched."""
+LAUNCHED = 32
+"""Times as many devices are taken at once where each operation has to be launched."""
 
 
 def written(device: Device, targets: Sequence[Tensor], draws: Sequence[Draws]) -> list[Named]:
@@ -108,4 +108,4 @@ def _alike(device: Device, tensors: Sequence[Tensor]) -> bool:
 
 
 def _size(g: Tensor) -> int:
-    return blocks.BLOCK if g.device.type == "cpu" else ON_ACCELERATOR
+    return blocks.BLOCK * (1 if g.device.type == "cpu" else LAUNCHED)
