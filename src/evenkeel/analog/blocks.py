@@ -70,15 +70,15 @@ def blockwise(
     gives can be expanded to that; where it hands the first one through, nothing is copied.
     """
     shapes = [next(iter(named.values())).shape for named in arrays]
-    rows = [{name: value.reshape(-1) for name, value in named.items()} for named in arrays]
+    rows = {name: [array[name].reshape(-1) for array in arrays] for name in arrays[0]}
+    first = next(iter(rows))
     found: list[Found] = [{} for _ in arrays]
     for pieces in blocks:
-        block = {name: _gathered([row[name] for row in rows], pieces) for name in rows[0]}
-        first = next(iter(block))
+        block = {name: _gathered(of_each, pieces) for name, of_each in rows.items()}
         for name, part in f(block).items():
             whole = None if part is None else part.expand(block[first].shape).reshape(-1)
             for piece in pieces:
-                into, row = found[piece.array], rows[piece.array][first]
+                into, row = found[piece.array], rows[first][piece.array]
                 if whole is None:
                     into[name] = None
                 elif whole.data_ptr() != block[first].data_ptr():
