@@ -393,6 +393,12 @@ def test_everything_around_an_array_can_be_asked_for_by_command():
     assert hardware.Around(slices="4x2").devices(["pcm"])[0].periphery is None
 
 
+@pytest.mark.parametrize("converter", ["dac", "adc"])
+def test_converters_of_no_bits_are_not_ideal_ones(converter):
+    with pytest.raises(ConfigError, match="2 to 32 bits; got 0"):
+        hardware.Around(**{converter: 0}).devices(["pcm"])
+
+
 @pytest.mark.parametrize("slices", ["4", "4b2", "x2", "4x", "4x2x1", "-1x2", "1.5x2"])
 def test_slices_are_a_number_times_bits(slices):
     with pytest.raises(ConfigError, match="such as 4x2"):

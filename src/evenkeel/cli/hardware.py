@@ -73,9 +73,9 @@ class Around:
 
     def _periphery(self) -> dict[str, Any]:
         asked = {
-            "dac": self.dac and Converter(self.dac),
+            "dac": None if self.dac is None else Converter(self.dac),
             "serial": self.serial or None,
-            "adc": self.adc and Converter(self.adc),
+            "adc": None if self.adc is None else Converter(self.adc),
             "rows": self.rows,
             "reads": "each" if self.own_reads else None,
             "output_noise": self.output_noise or None,
