@@ -16,7 +16,17 @@ from scipy.special import ndtr
 from torch import nn
 
 import evenkeel as ek
-from evenkeel.analog import HERMES, CMOHfOx, Device, Measured, MiloReRAM, StuckAt, WanReRAM, program
+from evenkeel.analog import (
+    HERMES,
+    PCM,
+    CMOHfOx,
+    Device,
+    Measured,
+    MiloReRAM,
+    StuckAt,
+    WanReRAM,
+    program,
+)
 from evenkeel.analog.described import device_from
 from evenkeel.analog.pcm import PhaseChange, StateIndependent
 from evenkeel.analog.reram import require_conductances
@@ -385,3 +395,12 @@ def test_compensating_a_memory_undoes_a_common_fading(file):
         memory.write(keys, list("abc"))
         chip = memory.program(Measured(str(file)), seed=0).age_(60.0).compensate_()
         torch.testing.assert_close(chip.read(queries).similarity, memory.read(queries).similarity)
+
+
+@pytest.mark.parametrize("device", [PCM(), HERMES(), StateIndependent()], ids=lambda d: d.name)
+def test_double_precision_is_kept(device):
+    g = torch.rand(2, 3, 5, dtype=torch.float64) * device.g_max
+    programmed, state = device.write(g, Draws(0, "x"), device.g_max)
+    drifted = device.drift(programmed, state, DAY)
+    std = device.read_std(drifted, programmed, state, DAY)
+    assert {programmed.dtype, drifted.dtype, std.dtype} == {torch.float64}

@@ -378,6 +378,8 @@ def test_what_is_asked_for_is_added_to_a_devices_own(monkeypatch):
     assert found.slices == Slices(3, bits=2)
     assert (found.scale_per, own.periphery.dac, own.slices) == ("column", None, None)
     assert hardware.Around().devices(["mine"]) == ["mine"]
+    (silent,) = hardware.Around(output_noise=0.0).devices(["mine"])
+    assert silent.periphery == Periphery(rows=4)
 
 
 def test_everything_around_an_array_can_be_asked_for_by_command():

@@ -14,9 +14,9 @@ from torch import Tensor
 LANES = 64
 """Arrays begin at multiples of it: torch may round otherwise what is left over by whole vectors."""
 SPLIT = 12 * LANES
-"""Blocks are multiples of it: by up to four threads, among which torch splits them, too."""
+"""Blocks are multiples of it: among one to four threads torch then splits them at whole vectors."""
 BLOCK = 170 * SPLIT
-"""Devices that are taken at once; of each four threads take a whole number of vectors."""
+"""Devices that are taken at once: not enough for a fifth thread, each of which takes 32,768."""
 LARGE = 1 << 22
 """Bytes from which numpy asks for large pages."""
 
@@ -42,15 +42,13 @@ def layout(numbers: Sequence[int], block: int) -> list[list[Piece]]:
     at = 0
     for array, number in enumerate(numbers):
         start = 0
-        while start < number or not number:
+        while start < number:
             if at >= block:
                 blocks.append([])
                 at = 0
             taken = min(number - start, block - at)
             blocks[-1].append(Piece(array, start, at, taken))
             start, at = start + taken, at + _whole(taken, LANES)
-            if not number:
-                break
     return blocks
 
 
@@ -77,11 +75,12 @@ def blockwise(
         block = {name: _gathered(of_each, pieces) for name, of_each in rows.items()}
         for name, part in f(block).items():
             whole = None if part is None else part.expand(block[first].shape).reshape(-1)
+            through = whole is not None and whole.data_ptr() == block[first].data_ptr()
             for piece in pieces:
                 into, row = found[piece.array], rows[first][piece.array]
                 if whole is None:
                     into[name] = None
-                elif whole.data_ptr() != block[first].data_ptr():
+                elif not through:
                     values = whole[piece.at : piece.at + piece.number]
                     into[name] = _filled(into.get(name), values, row, piece.start)
                 elif into.setdefault(name, row) is not row:
@@ -102,9 +101,9 @@ def _gathered(rows: list[Tensor], pieces: Sequence[Piece]) -> Tensor:
     if number == size:
         return rows[whose][begin : begin + size].view(1, 1, -1)
     block = rows[whose].new_empty(size)
-    full = [piece for piece in pieces if piece.number]
-    for k, (array, start, at, number) in enumerate(full):
-        end, until = start + number, size if k + 1 == len(full) else full[k + 1].at
+    ends = [*(piece.at for piece in pieces[1:]), size]
+    for (array, start, at, number), until in zip(pieces, ends, strict=True):
+        end = start + number
         block[at : at + number] = rows[array][start:end]
         if until > at + number:
             block[at + number : until] = rows[array][end - 1]

@@ -29,7 +29,8 @@ def written(device: Device, targets: Sequence[Tensor], draws: Sequence[Draws]) -
     def write(g: Tensor, draws: Draws) -> Named:
         with _left_alone(device, [g]):
             programmed, states = device.write(g, draws)
-        return {"programmed": programmed, **named_states(states)}
+        named = {f"state_{i}_{k}": v for i, state in enumerate(states) for k, v in state.items()}
+        return {"programmed": programmed, **named}
 
     if not _alike(device, targets):
         return [write(g, of) for g, of in zip(targets, draws, strict=True)]
@@ -84,17 +85,8 @@ def _version(value: Tensor) -> int:
     return 0 if value.is_inference() else value._version
 
 
-def named_states(states: Sequence[State]) -> dict[str, Tensor]:
-    """The states of a device's effects, under one name each."""
-    return {
-        f"state_{i}_{name}": value
-        for i, state in enumerate(states)
-        for name, value in state.items()
-    }
-
-
 def states_of(named: Named, effects: int) -> list[State]:
-    """The way back from :func:`named_states`."""
+    """The state of each effect, out of what :func:`written` gives."""
     prefixes = [f"state_{i}_" for i in range(effects)]
     return [
         {name.removeprefix(p): value for name, value in named.items() if name.startswith(p)}
@@ -103,8 +95,12 @@ def states_of(named: Named, effects: int) -> list[State]:
 
 
 def _alike(device: Device, tensors: Sequence[Tensor]) -> bool:
-    """Whether the devices of all arrays can lie in one row."""
-    return all(m.elementwise for m in device.models) and len({g.device for g in tensors}) == 1
+    """Whether the devices of all arrays, which then must have some, can lie in one row."""
+    return (
+        all(m.elementwise for m in device.models)
+        and all(g.numel() for g in tensors)
+        and len({g.device for g in tensors}) == 1
+    )
 
 
 def _size(g: Tensor) -> int:

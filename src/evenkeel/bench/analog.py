@@ -13,6 +13,8 @@ from torch import nn
 from evenkeel.analog import PCM, Converter, Device, Periphery, program
 from evenkeel.bench.timing import compare
 
+Ways = dict[str, Callable[[], object]]
+
 AGE_S = 3600.0
 BATCHES = (10, 100)
 LARGE = (2500, 4000)
@@ -24,9 +26,6 @@ DEVICES = {
     "reads of their own": Device(PCM(), periphery=Periphery(reads="each")),
     "IR drop": Device(PCM(), periphery=Periphery(wire_ohm=0.35)),
 }
-
-
-Ways = dict[str, Callable[[], object]]
 
 
 def network() -> nn.Sequential:

@@ -38,9 +38,10 @@ class Around:
     own_reads
         Every product with an input vector has read noise of its own, instead of every forward pass.
     output_noise
-        Deviation of each current, in products of the largest input and the largest conductance.
+        Deviation of each current, in products of the largest input and the largest conductance;
+        default none.
     wire_ohm
-        Resistance of the wire between two rows, along which the voltage drops.
+        Resistance of the wire between two rows, along which the voltage drops; default none.
     """
 
     dac: int | None = None
@@ -49,8 +50,8 @@ class Around:
     rows: int | None = None
     slices: str | None = None
     own_reads: Flag = False
-    output_noise: float = 0.0
-    wire_ohm: float = 0.0
+    output_noise: float | None = None
+    wire_ohm: float | None = None
 
     def devices(self, names: Sequence[str]) -> Sequence[str | AnyDevice]:
         """The names; or, where anything is asked for, the devices with it."""
@@ -78,8 +79,8 @@ class Around:
             "adc": None if self.adc is None else Converter(self.adc),
             "rows": self.rows,
             "reads": "each" if self.own_reads else None,
-            "output_noise": self.output_noise or None,
-            "wire_ohm": self.wire_ohm or None,
+            "output_noise": self.output_noise,
+            "wire_ohm": self.wire_ohm,
         }
         return {setting: value for setting, value in asked.items() if value is not None}
 

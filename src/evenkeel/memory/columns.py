@@ -70,11 +70,11 @@ class Columns(nn.Module):
         (kept,) = written(device, [torch.full(shape, device.g_min)], [Draws(seed, NAME)])
         self._kept = list(kept)
         for name, value in kept.items():
-            if value is None or value.shape != shape:
+            if value.shape != shape:
                 raise ConfigError(
                     f"A memory grows column by column, so {device.name} must keep its state in "
                     f"tensors of the conductances' shape, {shape}; "
-                    f"'{name}' has {None if value is None else tuple(value.shape)}."
+                    f"'{name}' has {tuple(value.shape)}."
                 )
             self.register_buffer(name, value[:, :0])
         self._derive()
