@@ -63,19 +63,19 @@ class PhaseChange(DeviceModel):
         shape = tuple(g.shape)
         programmed = g
         if self.programming:
-            xi = draws.normal("programming", shape, device=g.device)
-            programmed = (self.programming * self.deviation(x) * xi).add_(g).clamp_min_(0)
+            xi = draws.normal("programming", shape, device=g.device).to(g.dtype)
+            programmed = xi.mul_(self.programming * self.deviation(x)).add_(g).clamp_min_(0)
         if not self.drifting:
             return programmed, {}
         mean, std = self.exponent(x)
-        nu = (std * draws.normal("drift exponent", shape, device=g.device)).add_(mean)
-        return programmed, {"nu": nu.abs_().mul_(self.drifting)}
+        xi = draws.normal("drift exponent", shape, device=g.device).to(g.dtype)
+        return programmed, {"nu": xi.mul_(std).add_(mean).abs_().mul_(self.drifting)}
 
     def drift(self, g: Tensor, state: State, age_s: float) -> Tensor:
         """One trajectory for each device: the age alone decides the point on it."""
         if "nu" not in state or age_s == 0:
             return g
-        return g * (state["nu"] * -math.log((age_s + self.t0_s) / self.t0_s)).exp_()
+        return (state["nu"] * -math.log((age_s + self.t0_s) / self.t0_s)).exp_().mul_(g)
 
     def read_std(self, g: Tensor, programmed: Tensor, state: State, age_s: float) -> Tensor | None:
         """1/f noise integrated from one read's duration to the device's age."""
